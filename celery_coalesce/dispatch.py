@@ -1,0 +1,94 @@
+"""Publishing: the message that wakes a worker for a run.
+
+A message carries the run's id in its ``coalesce`` header, never an expiry (the record holds it: a broker that drops a message in silence
+would cost a minute), and everything that the run's own ``apply_async`` was given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from celery import Task
+
+from .calls import HEADER, decode, eta_header, options_of
+from .errors import CoalesceError
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from .coalescer import Coalescer
+    from .records import Envelope
+
+__all__ = ["publish_all", "run_header"]
+
+logger = logging.getLogger("celery_coalesce")
+
+
+def run_header(state: str, run: str, attempt: int) -> dict[str, Any]:
+    """Return the header by which a message names its run."""
+    return {"state": state, "run": run, "attempt": attempt}
+
+
+def publish_all(app: Celery, coalescer: Coalescer, envelopes: Iterable[Envelope]) -> None:
+    """Publish what a transition dispatched. What can not be published is noted, and tried again by the sweep."""
+    for envelope in envelopes:
+        try:
+            _publish(app, envelope)
+        except Exception:
+            # Whatever stands in the way (broker, router, serializer): the run is accepted, and stays in its record.
+            logger.exception(
+                "Run %s of %s could not be published",
+                envelope.run,
+                envelope.task,
+                extra={"action": "publish_failed", "run_id": envelope.run, "task_id": envelope.task_id},
+            )
+            try:
+                coalescer.unpublished(envelope)
+            except CoalesceError:
+                logger.warning(
+                    "Run %s of %s will be published again once its timer is over",
+                    envelope.run,
+                    envelope.task,
+                    extra={"action": "unpublished_unnoted", "run_id": envelope.run},
+                )
+
+
+def _publish(app: Celery, envelope: Envelope) -> None:
+    args, kwargs = decode(app, envelope.args)
+    options = options_of(decode(app, envelope.call)) if envelope.call else {}
+    send(app, envelope, args, kwargs, options)
+
+
+def send(
+    app: Celery, envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]
+) -> None:
+    """Publish one run's message in the name of the call that made it, whoever publishes it."""
+    task = app.tasks.get(envelope.task)
+    ignored = options.pop("ignore_result", task.ignore_result if task is not None else None)
+    headers = {
+        **(options.pop("headers", None) or {}),
+        HEADER: run_header(envelope.state, envelope.run, envelope.attempt),
+        # The publisher is not the caller: celery.app.base.Celery.send_task (5.5-5.7) would make the task that it is
+        # just running the parent, and open a subscription for a result that nobody waits for here.
+        "parent_id": options.get("parent_id"),
+        "ignore_result": ignored,
+    }
+    if envelope.delay > 0:
+        headers["eta"] = eta_header(envelope.delay)
+    options = {
+        "priority": None,
+        **options,
+        "headers": headers,
+        "task_id": envelope.task_id,
+        "root_id": options.get("root_id") or envelope.task_id,
+        "add_to_parent": False,
+        "ignore_result": True,
+    }
+    if task is None:
+        app.send_task(envelope.task, list(args), dict(kwargs), **options)
+    else:
+        if options["priority"] is None:
+            options["priority"] = task.priority
+        Task.apply_async(task, list(args), dict(kwargs), **options)

@@ -1,0 +1,182 @@
+"""Telling everybody that a run has ended: its followers, its own callers where Celery does not, and monitors.
+
+A follower is told before the run's slot is passed on, and crossed off only afterwards; so it may be told twice, and never not at
+all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from celery import group, states
+from celery.canvas import maybe_signature
+from celery.exceptions import TaskRevokedError
+from kombu.utils.encoding import safe_repr
+
+from . import signals
+from .calls import decode, request_context
+from .dispatch import publish_all
+from .records import Finished, Followers, RunMeta
+from .states import Outcome
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from .coalescer import Coalescer
+    from .records import Lease
+    from .signals import EventBus
+
+__all__ = ["Ending", "announce_drain", "announce_end", "end_run", "stored_ending", "tell_caller"]
+
+logger = logging.getLogger("celery_coalesce")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended, and with what."""
+
+    outcome: Outcome
+    value: Any = None
+    error: BaseException | None = None
+    traceback: str | None = None
+
+    @classmethod
+    def failed(cls, error: BaseException, traceback: str | None = None) -> Ending:
+        """A run that raised, or whose process died."""
+        return cls(Outcome.FAILED, error=error, traceback=traceback)
+
+    @property
+    def state(self) -> str:
+        """The Celery state that callers see."""
+        if self.outcome in (Outcome.REVOKED, Outcome.EXPIRED):
+            return states.REVOKED
+        return states.FAILURE if self.error is not None else states.SUCCESS
+
+
+def end_run(
+    app: Celery, coalescer: Coalescer, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0
+) -> bool:
+    """Tell a run's followers, end it, publish what takes its place, and announce the session's drain.
+
+    Args:
+        app: The app.
+        coalescer: Its engine.
+        lease: The run's lease.
+        ending: How it ended.
+        bus: Where its events go.
+        told: How many of its followers need not be told any more.
+
+    Returns:
+        Whether the lease still held.
+
+    Raises:
+        StoreUnavailable: The run goes on being this lease's; call again.
+    """
+    drain = RunMeta.of(lease) if signals.is_watched(signals.coalesce_drain, bus) else None
+    while True:
+        reply = coalescer.finish(lease, told=told, drain=drain)
+        if reply is None:
+            return False
+        if isinstance(reply, Finished):
+            publish_all(app, coalescer, reply.sent)
+            if reply.drain:
+                announce_drain(app, coalescer, reply.drain, bus)
+            return True
+        for blob in reply.blobs:
+            try:
+                follower = decode(app, blob)
+                tell_caller(app, follower["task"], follower["task_id"], follower, ending)
+                if follower.get("received"):
+                    announce_end(bus, follower["task_id"], ending)
+            except Exception:
+                # One caller's broken callback must not keep the key from everybody else.
+                logger.exception(
+                    "A follower of run %s could not be completed",
+                    lease.run,
+                    extra={"action": "follower_failed", "run_id": lease.run},
+                )
+            told += 1
+
+
+def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, Any], ending: Ending) -> None:
+    """Complete one call as Celery's tracer would have: callbacks and chain, result, chord."""
+    task = app.tasks.get(task_name)
+    backend = task.backend if task is not None else app.backend
+    context = request_context(task_name, task_id, call)
+    ignored = call.get("ignore_result")
+    if ignored is None:
+        ignored = bool(task.ignore_result) if task is not None else False
+        context.ignore_result = ignored
+    if ending.state == states.SUCCESS:
+        _call_back(app, context, ending.value)
+        backend.mark_as_done(task_id, ending.value, request=context, store_result=not ignored)
+        return
+    store = not ignored or bool(task is not None and task.store_errors_even_if_ignored)
+    if ending.state == states.REVOKED:
+        backend.mark_as_revoked(task_id, ending.outcome.value, request=context, store_result=store)
+        return
+    backend.mark_as_failure(
+        task_id, ending.error, traceback=ending.traceback, request=context, store_result=store
+    )
+
+
+def _call_back(app: Celery, context: Any, value: Any) -> None:
+    """Publish a call's links and the next step of its chain, as build_tracer (celery.app.trace, 5.5-5.7) does."""
+    lineage = {"parent_id": context.id, "root_id": context.root_id}
+    links = [maybe_signature(link, app=app) for link in context.callbacks or ()]
+    for link in links:
+        if isinstance(link, group):
+            link.apply_async((value,), **lineage)
+    plain = [link for link in links if not isinstance(link, group)]
+    if len(plain) > 1:
+        group(plain, app=app).apply_async((value,), **lineage)
+    elif plain:
+        plain[0].apply_async((value,), **lineage)
+    if context.chain:
+        step = maybe_signature(context.chain[-1], app=app)
+        step.apply_async((value,), chain=context.chain[:-1], **lineage)
+
+
+def stored_ending(app: Celery, task_name: str, task_id: str) -> Ending | None:
+    """Return how a run ended by what its result says, ``None`` if it says nothing final."""
+    task = app.tasks.get(task_name)
+    backend = task.backend if task is not None else app.backend
+    if not getattr(backend, "persistent", False):
+        return None
+    try:
+        meta = backend.get_task_meta(task_id)
+    except Exception:
+        # Without a backend that answers there is nothing to be known; the caller has an ending of its own.
+        logger.debug("No stored result of %s", task_id, exc_info=True, extra={"action": "no_stored_result"})
+        return None
+    status, result = meta.get("status"), meta.get("result")
+    if status == states.SUCCESS:
+        return Ending(Outcome.SUCCEEDED, value=result)
+    if status == states.FAILURE and isinstance(result, BaseException):
+        return Ending.failed(result, meta.get("traceback"))
+    if status == states.REVOKED:
+        return Ending(Outcome.REVOKED, error=TaskRevokedError("revoked"))
+    return None
+
+
+def announce_drain(app: Celery, coalescer: Coalescer, blob: bytes, bus: EventBus) -> None:
+    """Announce a recorded drain, unless another process has."""
+    meta = coalescer.take_drain(blob)
+    if meta is not None:
+        signals.emit(signals.coalesce_drain, app.tasks.get(meta.name), bus, meta)
+
+
+def announce_end(bus: EventBus, task_id: str, ending: Ending) -> None:
+    """Tell monitors that a message they saw arrive has come to its end."""
+    if ending.state == states.SUCCESS:
+        bus.send("task-succeeded", uuid=task_id, result=safe_repr(ending.value), runtime=0.0)
+    elif ending.state == states.REVOKED:
+        expired = ending.outcome is Outcome.EXPIRED
+        bus.send("task-revoked", uuid=task_id, terminated=False, signum=None, expired=expired)
+    else:
+        bus.send(
+            "task-failed", uuid=task_id, exception=safe_repr(ending.error), traceback=ending.traceback or ""
+        )

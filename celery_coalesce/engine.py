@@ -1,0 +1,56 @@
+"""One app's settings, store and engine, made when they are first needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .coalescer import Coalescer, Timing
+from .settings import Settings
+from .signals import EventBus
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+__all__ = ["Engine", "engine_of"]
+
+_ATTRIBUTE = "_celery_coalesce_engine"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an app coalesces with."""
+
+    settings: Settings
+    coalescer: Coalescer
+    #: The event bus of a process that is no worker.
+    producer_bus: EventBus
+
+
+def engine_of(app: Celery) -> Engine:
+    """Return an app's engine.
+
+    Raises:
+        SettingError: A ``coalesce_*`` setting is unknown or bad, or names no server that can be used.
+    """
+    engine: Engine | None = app.__dict__.get(_ATTRIBUTE)
+    if engine is None:
+        # Imported late: a process that only imports its tasks needs no Redis client.
+        from .store.redis import connect
+
+        settings = Settings.of(app)
+        timing = Timing(
+            lease=int(settings.lease * 1000),
+            redispatch=int(settings.redispatch_after * 1000),
+            remember=int(2000 * _visibility_timeout(app)),
+        )
+        bus = EventBus(app, settings.events and bool(app.conf.task_send_sent_event))
+        engine = Engine(settings, Coalescer(connect(app, settings), timing), bus)
+        app.__dict__[_ATTRIBUTE] = engine
+    return engine
+
+
+def _visibility_timeout(app: Celery) -> float:
+    """Return after how many seconds the broker may deliver an unacknowledged message again."""
+    options = app.conf.broker_transport_options or {}
+    return float(options.get("visibility_timeout", 3600))

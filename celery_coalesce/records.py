@@ -1,0 +1,314 @@
+"""Frozen values that travel between the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .states import Answer, Disposition, RunState
+
+__all__ = [
+    "Accepted",
+    "Cleared",
+    "Envelope",
+    "Finished",
+    "Followers",
+    "Known",
+    "Lease",
+    "LostLease",
+    "MergeWanted",
+    "Overdue",
+    "RecordView",
+    "RunMeta",
+    "Trigger",
+    "TriggerMeta",
+    "Woken",
+]
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """One call that asks for work on a key, as the engine takes it.
+
+    Times are milliseconds. Of ``delay`` and ``due``, and of ``ttl`` and ``expires``, at most one is given: the first of each
+    counts from now on the server's clock, the second is a moment of it.
+    """
+
+    task_id: str
+    key: str
+    args: bytes
+    call: bytes = b""
+    follower: bytes = b""
+    store: bool = True
+    delay: int | None = None
+    due: int | None = None
+    ttl: int | None = None
+    expires: int | None = None
+    #: The run whose body, links or chain make this call.
+    within: str | None = None
+    #: The id of the message that came without a run.
+    message: str | None = None
+    #: Whether anybody wants to know the arguments that this trigger replaces.
+    watch: bool = False
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a message for a run is made from."""
+
+    state: str
+    run: str
+    task_id: str
+    task: str
+    attempt: int
+    #: Milliseconds until the worker may start it.
+    delay: int
+    args: bytes
+    call: bytes
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What became of a trigger."""
+
+    disposition: Disposition
+    run: str
+    task_id: str
+    run_state: RunState
+    #: Milliseconds that the run's message waits; ``None`` if this trigger's caller publishes no message for its own run.
+    delay: int | None
+    #: The arguments that this trigger's took the place of, if asked for.
+    replaced: bytes
+    sent: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True)
+class MergeWanted:
+    """The arguments that a merge function is to be applied to."""
+
+    run: str
+    version: int
+    args: bytes
+
+
+@dataclass(frozen=True)
+class Known:
+    """A message without a run that was admitted before."""
+
+    run: str
+    task_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A slot held by a live worker. Travels from the gate to the pool child in the request."""
+
+    state: str
+    run: str
+    task_id: str
+    task: str
+    attempt: int
+    token: str
+    session: str
+    index: int
+    triggers: int
+    key: str
+    scope: str
+    owner: str
+    store: bool = True
+    #: ``running``, or how the gate is to end it: ``expired``, ``revoked``.
+    answer: str = Answer.RUNNING.value
+    #: Milliseconds since the epoch.
+    expires: int | None = None
+    #: The merged arguments, if they are not the message's.
+    args: bytes = b""
+    #: Where the body runs, and whether anybody follows its events.
+    hostname: str = ""
+    monitored: bool = False
+    #: The monotonic clock of the machine when the lease was given, in seconds.
+    leased_at: float = 0.0
+
+    @property
+    def ref(self) -> str:
+        """The lease's name in its holder's index."""
+        return f"{self.state}/{self.run}"
+
+    def as_header(self) -> dict[str, Any]:
+        """Return what the pool child needs, as plain values."""
+        header = asdict(self)
+        del header["args"]
+        return header
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Lease | None:
+        """Return the lease that the gate left in a request, if it did."""
+        if "token" not in header:
+            return None
+        return cls(**{name: header[name] for name in cls.__dataclass_fields__ if name in header})
+
+
+@dataclass(frozen=True)
+class Followers:
+    """Followers that are still to be told."""
+
+    blobs: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run has ended."""
+
+    sent: tuple[Envelope, ...]
+    drained: bool
+    #: What the drain is announced with, if it was put aside for that.
+    drain: bytes = b""
+
+
+@dataclass(frozen=True)
+class LostLease:
+    """A lease that was taken from a dead process."""
+
+    lease: Lease
+    call: bytes
+    #: What is dispatched again; empty if the lease is now the sweeper's, to be ended.
+    sent: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """A run that will not start, whose callers are to be told."""
+
+    lease: Lease
+    call: bytes
+
+
+@dataclass(frozen=True)
+class Woken:
+    """A run whose timer was over."""
+
+    sent: tuple[Envelope, ...] = ()
+    reason: str = ""
+    cleared: Cleared | None = None
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """What nobody has moved on in time."""
+
+    processes: tuple[str, ...]
+    refs: tuple[str, ...]
+    drains: tuple[bytes, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.processes or self.refs or self.drains)
+
+
+@dataclass(frozen=True)
+class RunMeta:
+    """One run, as the body (``self.coalesce``) and every event see it.
+
+    Attributes:
+        key: The key.
+        scope: What the key is unique in.
+        type: ``"key"``, or ``"task"`` if the whole task is one key.
+        name: The task's name.
+        task_id: The run's Celery task id, the same for all its attempts.
+        state_id: The key's id, the same for ever.
+        session_id: The burst of the key that the run belongs to.
+        run_id: The run. Unique, and growing.
+        run_index: The run's position in its session, from 0.
+        attempt: How often the run was tried before, from 0.
+        token: The fencing token of this attempt's lease. Grows with every lease of the key.
+        triggers: How many calls the run covers.
+        labels: For later use; empty.
+        is_rerun: Whether the run is a follow-up (``run_index > 0``).
+
+    .. versionadded:: 0.1
+    """
+
+    key: str
+    scope: str
+    type: str
+    name: str
+    task_id: str
+    state_id: str
+    session_id: int
+    run_id: int
+    run_index: int
+    attempt: int
+    token: int
+    triggers: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_rerun(self) -> bool:
+        """Whether the run is a follow-up."""
+        return self.run_index > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for events and logs."""
+        return {**asdict(self), "is_rerun": self.is_rerun}
+
+    @classmethod
+    def of(cls, lease: Lease) -> RunMeta:
+        """Return what a lease says of its run."""
+        return cls(
+            key=lease.key,
+            scope=lease.scope,
+            type="task" if lease.key == lease.task else "key",
+            name=lease.task,
+            task_id=lease.task_id,
+            state_id=lease.state,
+            session_id=int(lease.session),
+            run_id=int(lease.run),
+            run_index=lease.index,
+            attempt=lease.attempt,
+            token=int(lease.token),
+            triggers=lease.triggers,
+        )
+
+
+@dataclass(frozen=True)
+class RecordView:
+    """A record as it stood when it was read."""
+
+    key: str
+    head: Mapping[str, Any]
+    runs: tuple[Mapping[str, Any], ...]
+    #: The server's clock, in milliseconds.
+    now: int
+
+
+@dataclass(frozen=True)
+class TriggerMeta:
+    """One trigger, as ``coalesce_trigger`` reports it.
+
+    Attributes:
+        key: The key.
+        scope: What the key is unique in.
+        name: The task's name.
+        task_id: The call's own task id; that of the run unless the call is a follower.
+        state_id: The key's id.
+        disposition: What became of the trigger.
+        run_id: The run that covers it.
+        run_task_id: That run's task id.
+        run_state: Where that run was: ``pending``, ``dispatched``, ``running``, ``retrying``.
+
+    .. versionadded:: 0.1
+    """
+
+    key: str
+    scope: str
+    name: str
+    task_id: str
+    state_id: str
+    disposition: Disposition
+    run_id: int
+    run_task_id: str
+    run_state: RunState
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, for events and logs."""
+        return {**asdict(self), "disposition": self.disposition.value, "run_state": self.run_state.value}

@@ -1,0 +1,115 @@
+"""The events of a key, as Celery signals and on Celery's event bus.
+
+A signal is sent in the process where the thing happens, with ``sender`` the task and ``meta`` what it happened to. The same
+goes out as ``coalesce-start`` and so on wherever task events are on (a worker's ``-E``, a producer's
+``task_send_sent_event``), for Flower, ``celery events`` and any ``EventReceiver``.
+
+Per session: start, (success | error), [start ...], drain.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from celery.utils.dispatch import Signal
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from .records import RunMeta, TriggerMeta
+
+__all__ = [
+    "EventBus",
+    "coalesce_drain",
+    "coalesce_error",
+    "coalesce_lost",
+    "coalesce_skip",
+    "coalesce_start",
+    "coalesce_success",
+    "coalesce_trigger",
+    "emit",
+    "is_watched",
+]
+
+logger = logging.getLogger("celery_coalesce")
+
+#: A call was made. In the producer; ``meta`` is a :class:`~celery_coalesce.TriggerMeta`, ``unused`` the ``(args, kwargs)`` that
+#: no run will see because of this call, or ``None``.
+coalesce_trigger = Signal(name="coalesce_trigger", providing_args={"meta", "unused"})
+
+#: A run has its lease and is about to begin. In the process that runs it.
+coalesce_start = Signal(name="coalesce_start", providing_args={"meta"})
+
+#: A run has succeeded; ``result`` is its value.
+coalesce_success = Signal(name="coalesce_success", providing_args={"meta", "result"})
+
+#: A run has failed, or its process died; ``exception`` says why.
+coalesce_error = Signal(name="coalesce_error", providing_args={"meta", "exception"})
+
+#: A run has ended without having done anything: its body raised ``Ignore``, or it was revoked or expired (``outcome``).
+coalesce_skip = Signal(name="coalesce_skip", providing_args={"meta", "outcome"})
+
+#: A session is over: nothing runs, nothing waits.
+coalesce_drain = Signal(name="coalesce_drain", providing_args={"meta"})
+
+#: A run's worker was not heard of in time. In the worker that noticed; ``again`` tells whether the run is dispatched again.
+coalesce_lost = Signal(name="coalesce_lost", providing_args={"meta", "again"})
+
+
+@dataclass(frozen=True)
+class EventBus:
+    """Celery's event bus, as one process may use it."""
+
+    app: Celery
+    enabled: bool
+    hostname: str | None = None
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Send an event, if events are on. One that can not be sent is logged: it never stops a run."""
+        if not self.enabled:
+            return
+        try:
+            with self.app.events.default_dispatcher(hostname=self.hostname) as dispatcher:
+                dispatcher.send(kind, retry=False, **fields)
+        except Exception as error:
+            logger.warning(
+                "The event %s could not be sent: %r",
+                kind,
+                error,
+                extra={"action": "event_failed", "event": kind},
+            )
+
+
+def is_watched(signal: Signal, bus: EventBus) -> bool:
+    """Return whether anybody would notice a signal."""
+    return bool(signal.receivers) or bus.enabled
+
+
+def emit(
+    signal: Signal,
+    sender: object,
+    bus: EventBus,
+    meta: RunMeta | TriggerMeta,
+    shown: dict[str, Any] | None = None,
+    **given: Any,
+) -> None:
+    """Send a signal, and the same on the bus.
+
+    Args:
+        signal: The signal.
+        sender: The task.
+        bus: Where its event goes.
+        meta: What it happened to.
+        shown: Further fields of the event. Values of the application's go to signals alone.
+        given: Further arguments of the signal.
+    """
+    if signal.receivers:
+        signal.send(sender=sender, meta=meta, **given)
+    if bus.enabled:
+        fields = meta.as_dict()
+        # An event's own fields are called type and timestamp.
+        if "type" in fields:
+            fields["key_type"] = fields.pop("type")
+        bus.send(str(signal.name).replace("_", "-"), **fields, **(shown or {}))

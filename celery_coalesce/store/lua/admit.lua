@@ -1,0 +1,32 @@
+-- Accepts a message that carries no run, or one whose record was lost.
+--
+-- KEYS: record, waiting, meta, timers, seen
+-- ARGV: asked (as for trigger, with message (the message's id) and remember (ms)), key, args, call, follower
+-- Returns: as trigger; or known, run, task id, attempt (it was admitted before); or gone (it was, and its run ended)
+-- Transition: as trigger
+-- Order: the tombstone after the run, so that a message is never refused for a run that was not written.
+--# include record
+--# include accept
+
+local function admit()
+  local known = redis.call('HGET', rec, 'msg:' .. asked.message)
+  local run = known and read_run(known)
+  if run then return {'known', run.id, run.task_id, run.attempt} end
+  local seen = KEYS[5]
+  local expires = redis.call('ZSCORE', seen, asked.message)
+  if expires and tonumber(expires) > now then return {'gone'} end
+  local answer = accept()
+  if answer[1] == 'merge' or answer[1] == 'rejected' then return answer end
+  if answer[3] == asked.task_id then
+    run = read_run(answer[2])
+    run.message = asked.message
+    write_run(run)
+    redis.call('HSET', rec, 'msg:' .. asked.message, run.id)
+  end
+  redis.call('ZREMRANGEBYSCORE', seen, '-inf', whole(now))
+  redis.call('ZADD', seen, whole(now + asked.remember), asked.message)
+  redis.call('PEXPIRE', seen, whole(asked.remember))
+  return answer
+end
+
+return admit()

@@ -1,0 +1,59 @@
+-- Ends a run, once its followers have been told, and passes its slot on.
+--
+-- KEYS: record, waiting, meta, timers, held, drains
+-- ARGV: asked (JSON: state, run, token, told, redispatch, lease, watch), drain (what the drain is announced with)
+-- Returns: followers, follower ...; or ended, 1 if drained, envelopes to publish; or lost
+-- Transition: running | cleared -> (none); pending -> dispatched; last run -> drained
+-- Order: the drain is put aside before the record goes, the holder's index goes last: until then the run is found.
+--# include record
+
+local SLICE = 100
+
+local function field(run, number)
+  return 'fol:' .. run.box .. ':' .. number
+end
+
+local function still_dispatched(run_ids)
+  local sent = {}
+  for _, run_id in ipairs(run_ids) do
+    local run = read_run(run_id)
+    if run and run.state == 'dispatched' then sent[#sent + 1] = envelope(run) end
+  end
+  return sent
+end
+
+local function finish()
+  local head = read_head()
+  local run = head and read_run(asked.run)
+  if not run then
+    local ended = head and head.ended
+    if ended and ended.token == asked.token then return {'ended', '0', still_dispatched(ended.sent)} end
+    return {'lost'}
+  end
+  if run.token ~= asked.token then return {'lost'} end
+  while run.told < asked.told do
+    run.told = run.told + 1
+    redis.call('HDEL', rec, field(run, run.told))
+  end
+  if run.followers > run.told then
+    local slice = {'followers'}
+    for number = run.told + 1, math.min(run.followers, run.told + SLICE) do
+      slice[#slice + 1] = redis.call('HGET', rec, field(run, number))
+    end
+    run.returned = true
+    write_run(run)
+    return slice
+  end
+  head.ended = {token = run.token, sent = {}}
+  local drained, sent = forget(head, run)
+  if drained then
+    if asked.watch then redis.call('ZADD', KEYS[6], whole(now + asked.lease), ARGV[2]) end
+  elseif #sent > 0 then
+    for position, letter in ipairs(sent) do head.ended.sent[position] = letter[1] end
+    write_head(head)
+  end
+  redis.call('SREM', KEYS[5], ref(run))
+  return {'ended', drained and '1' or '0', sent}
+end
+
+return finish()

@@ -1,0 +1,16 @@
+-- Reads a record.
+--
+-- KEYS: record, waiting, meta, timers
+-- ARGV: asked (JSON: state)
+-- Returns: idle; or record, key, JSON of the head and of its runs
+-- Transition: none
+-- Order: nothing is written.
+--# include record
+local head = read_head()
+if not head then return {'idle'} end
+local fields = redis.call('HGETALL', rec)
+local runs = {}
+for position = 1, #fields, 2 do
+  if fields[position]:sub(1, 4) == 'run:' then runs[#runs + 1] = cmsgpack.unpack(fields[position + 1]) end
+end
+return {'record', redis.call('HGET', rec, 'key'), cjson.encode({head = head, runs = runs, now = now})}

@@ -1,0 +1,72 @@
+-- Gives a run its lease, or says why not.
+--
+-- KEYS: record, waiting, meta, timers, presence, held
+-- ARGV: asked (JSON: state, run, task_id, attempt, claim, owner, late, lease, revoked, redispatch)
+-- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, changed args
+--          or early, ms; carry, call; or pending, duplicate, gone, unknown
+-- Transition: dispatched | retrying | pending and due -> running
+-- Order: the holder's index before the run, so that a running run is always found from its dead holder.
+--# include record
+
+-- Numbers from before this one may have been lost with the store.
+local function known_since()
+  local stored = redis.call('HMGET', meta, 'epoch', 'since', 'server', 'last')
+  local server = server_id()
+  if stored[3] ~= server then
+    redis.call('HSET', meta, 'server', server, 'since', stored[4] or '0')
+    stored[2] = stored[4]
+  end
+  return math.max(tonumber(stored[1] or 'inf') or math.huge, tonumber(stored[2] or '0') or 0)
+end
+
+local function lost_or_ended()
+  return {tonumber(asked.run) < known_since() and 'unknown' or 'gone'}
+end
+
+local function leased(head, run)
+  local changed = run.changed and redis.call('HGET', rec, 'args:' .. run.id) or ''
+  return {run.ending or 'running', run.token, head.session, run.index, run.triggers, run.store and '1' or '0',
+          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, changed}
+end
+
+local function start()
+  local head = read_head()
+  local run = head and read_run(asked.run)
+  if not run then return lost_or_ended() end
+  if run.task_id ~= asked.task_id then return {'unknown'} end
+  if run.state == 'cleared' then return {'gone'} end
+  if run.state == 'running' then
+    if run.claim == asked.claim then return leased(head, run) end
+    return {'duplicate'}
+  end
+  if run.attempt ~= asked.attempt then return {'duplicate'} end
+  if run.due > now then return {'early', run.due - now} end
+  if asked.revoked and run.triggers > 1 and not run.index then
+    return {'carry', redis.call('HGET', rec, 'call:' .. run.id) or ''}
+  end
+  if run.state == 'pending' then
+    if not (none_waiting() and fits(head, run.limit)) then
+      clear_timer(run)
+      redis.call('ZADD', wait, run.seq, run.id)
+      return {'pending'}
+    end
+    redis.call('ZREM', wait, run.id)
+    head.active[run.id] = run.limit
+  end
+  redis.call('SADD', KEYS[6], ref(run))
+  redis.call('ZADD', KEYS[5], whole(now + asked.lease), asked.owner)
+  clear_timer(run)
+  close(head, run)
+  if not run.index then
+    run.index = head.index
+    head.index = head.index + 1
+  end
+  run.ending = asked.revoked and 'revoked' or (run.expires and run.expires <= now and 'expired') or nil
+  run.state, run.token, run.owner, run.claim, run.late = 'running', mint(), asked.owner, asked.claim, asked.late
+  run.returned, run.unpublished, run.losses = nil, nil, 0
+  write_run(run)
+  write_head(head)
+  return leased(head, run)
+end
+
+return start()

@@ -1,0 +1,282 @@
+"""The presence of a worker process: one heartbeat, from which all its leases hang, and the sweep.
+
+A thread of the main process, so that a solo worker keeps its leases while its only thread is in a body. It never touches the broker's
+consumer connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from celery import bootsteps
+from celery.exceptions import WorkerLostError
+
+from .. import signals
+from ..calls import decode
+from ..dispatch import publish_all
+from ..endings import Ending, announce_drain, announce_end, end_run, stored_ending, tell_caller
+from ..engine import engine_of
+from ..errors import CoalesceError, LeaseLost, StoreUnavailable
+from ..records import LostLease, RunMeta
+from ..signals import EventBus
+from ..task import tell_cleared
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from celery.worker import WorkController
+
+    from ..records import Lease
+
+__all__ = ["Presence", "PresenceThread", "presence_of"]
+
+logger = logging.getLogger("celery_coalesce")
+
+_ATTRIBUTE = "_celery_coalesce_presence"
+
+#: Slices of overdue things that one sweep looks at; the next beat goes on.
+MOST_SLICES = 1000
+#: Seconds between two tries to reach a store that is away.
+AWAY_AGAIN = 1.0
+
+
+def presence_of(app: Celery) -> PresenceThread:
+    """Return the presence of the worker that this process is, or was forked from.
+
+    Raises:
+        CoalesceError: It is no worker, or the bootstep was not installed in time.
+    """
+    presence: PresenceThread | None = app.__dict__.get(_ATTRIBUTE)
+    if presence is None:
+        raise CoalesceError("this worker has no presence: the app's tasks were bound after it was built")
+    return presence
+
+
+class Presence(bootsteps.StartStopStep):
+    """Starts the presence before the consumer takes its first message, and ends it after the pool has."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: WorkController, **kwargs: Any) -> None:
+        super().__init__(worker, **kwargs)
+        self.thread = PresenceThread(worker)
+        worker.app.__dict__[_ATTRIBUTE] = self.thread
+
+    def start(self, worker: WorkController) -> None:
+        """Announce this process."""
+        self.thread.begin()
+
+    def stop(self, worker: WorkController) -> None:
+        """Say goodbye. What is still held runs out by itself."""
+        self.thread.end()
+
+    terminate = stop
+
+
+class PresenceThread:
+    """One worker process, as the state server knows it.
+
+    Args:
+        worker: The worker.
+    """
+
+    def __init__(self, worker: WorkController) -> None:
+        self._worker = worker
+        self._app = worker.app
+        #: Unique for this process, on any machine and for ever. The pid is the second to last part.
+        self.owner = f"{worker.hostname}/{os.getpid()}/{uuid4().hex[:8]}"
+        self._leases: dict[str, tuple[Lease, int | None]] = {}
+        self._dead: set[str] = set()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def consumer(self) -> Any:
+        """The worker's consumer, ``None`` before it is there."""
+        return getattr(self._worker, "consumer", None)
+
+    # -- what the gate tells -----------------------------------------------------------------------------------------
+
+    def leased(self, lease: Lease) -> None:
+        """Note a lease that hangs from this process."""
+        self._leases[lease.ref] = (lease, None)
+
+    def accepted(self, lease: Lease, pid: int) -> None:
+        """Note which process runs a lease's body."""
+        self._leases[lease.ref] = (lease, pid)
+
+    def abandoned(self, lease: Lease) -> None:
+        """Note a lease whose body is gone, but whose end could not be reported."""
+        self._leases[lease.ref] = (lease, 0)
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Beat once, so that the first lease finds a presence, and go on beating."""
+        wait = self._beat()
+        self._thread = threading.Thread(
+            target=self._run, args=(wait,), name="celery-coalesce-presence", daemon=True
+        )
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop beating."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        try:
+            engine_of(self._app).coalescer.bury(self.owner, leaving=True)
+        except CoalesceError as error:
+            logger.info("No goodbye: %s", error, extra={"action": "no_goodbye"})
+
+    def _run(self, wait: float) -> None:
+        while not self._ended.wait(wait):
+            wait = self._beat()
+
+    def _beat(self) -> float:
+        """Renew the presence and do what is overdue; return the seconds until the next beat."""
+        coalescer = engine_of(self._app).coalescer
+        interval = coalescer.timing.heartbeat / 1000
+        try:
+            overdue_in = coalescer.heartbeat(self.owner)
+            self._reconcile()
+            if overdue_in is not None and overdue_in <= 0:
+                self._sweep()
+                overdue_in = coalescer.heartbeat(self.owner)
+        except StoreUnavailable as error:
+            logger.warning("The state server is away: %s", error, extra={"action": "store_away"})
+            return AWAY_AGAIN
+        except Exception:
+            logger.exception("The heartbeat failed", extra={"action": "heartbeat_failed"})
+            return AWAY_AGAIN
+        if overdue_in is None:
+            return interval
+        # Something that could not be moved on stays overdue: no busy loop over it.
+        return min(interval, max(overdue_in / 1000, 0.01 if overdue_in > 0 else AWAY_AGAIN))
+
+    def _bus(self) -> EventBus:
+        dispatcher = getattr(self.consumer, "event_dispatcher", None)
+        enabled = bool(dispatcher and dispatcher.enabled)
+        return EventBus(self._app, enabled and engine_of(self._app).settings.events, self._worker.hostname)
+
+    # -- leases of this process without a body -------------------------------------------------------------------------
+
+    def _reconcile(self) -> None:
+        """End leases whose pool child is gone without a word: it died before a report that had to wait for the store."""
+        known = dict(self._leases)
+        if not known:
+            return
+        coalescer = engine_of(self._app).coalescer
+        held = set(coalescer.held(self.owner))
+        if len(held) >= 100:
+            # More than one look returns: those that are missing may be held all the same.
+            return
+        dead = set()
+        for ref, (lease, pid) in known.items():
+            if ref not in held:
+                self._leases.pop(ref, None)
+            elif pid is not None and pid != os.getpid() and (pid == 0 or not _alive(pid)):
+                if ref in self._dead:
+                    self._end_dead(lease)
+                else:
+                    # The parent's own report may be under way: only what is still there at the next beat.
+                    dead.add(ref)
+        self._dead = dead
+
+    def _end_dead(self, lease: Lease) -> None:
+        ending = stored_ending(self._app, lease.task, lease.task_id)
+        if ending is None:
+            ending = Ending.failed(WorkerLostError("the pool process was lost"))
+        logger.warning(
+            "Run %s of %s was held by a process that is gone",
+            lease.run,
+            lease.task,
+            extra={"action": "dead_child", "run_id": lease.run, "task_id": lease.task_id},
+        )
+        end_run(self._app, engine_of(self._app).coalescer, lease, ending, self._bus())
+
+    # -- the sweep ---------------------------------------------------------------------------------------------------
+
+    def _sweep(self) -> None:
+        """Move on whatever dead processes, messages and clocks have left."""
+        coalescer = engine_of(self._app).coalescer
+        for _ in range(MOST_SLICES):
+            overdue = coalescer.overdue()
+            if not overdue or self._ended.is_set():
+                return
+            moved = False
+            for process in overdue.processes:
+                for ref in coalescer.held(process):
+                    lost = coalescer.lose(ref, process, self.owner)
+                    if lost is not None:
+                        moved = True
+                        self._lost(lost)
+                coalescer.bury(process)
+            for ref in overdue.refs:
+                woken = coalescer.wake(ref)
+                moved = moved or bool(woken.sent)
+                publish_all(self._app, coalescer, woken.sent)
+                if woken.reason in ("lost", "unpublished"):
+                    logger.warning(
+                        "Run %s was published again: its message was %s",
+                        ref.split("/")[1],
+                        woken.reason,
+                        extra={"action": "redispatched", "reason": woken.reason, "run_id": ref.split("/")[1]},
+                    )
+                if woken.cleared is not None:
+                    moved = True
+                    tell_cleared(self._app, woken.cleared.lease, woken.cleared.call)
+            for blob in overdue.drains:
+                announce_drain(self._app, coalescer, blob, self._bus())
+            if not moved:
+                return
+
+    def _lost(self, lost: LostLease) -> None:
+        """Tell of a run whose worker is dead, and end it where Celery would not run it again."""
+        lease, app = lost.lease, self._app
+        coalescer = engine_of(app).coalescer
+        task = app.tasks.get(lease.task)
+        bus = self._bus()
+        logger.warning(
+            "Run %s of %s lost its worker",
+            lease.run,
+            lease.task,
+            extra={
+                "action": "run_lost",
+                "run_id": lease.run,
+                "task_id": lease.task_id,
+                "again": bool(lost.sent),
+            },
+        )
+        meta = RunMeta.of(lease)
+        signals.emit(
+            signals.coalesce_lost, task, bus, meta, shown={"again": bool(lost.sent)}, again=bool(lost.sent)
+        )
+        if lost.sent:
+            publish_all(app, coalescer, lost.sent)
+            return
+        ending = stored_ending(app, lease.task, lease.task_id)
+        if ending is None:
+            error = LeaseLost(f"the worker of run {lease.run} of {lease.task} was not heard of in time")
+            ending = Ending.failed(error)
+            tell_caller(app, lease.task, lease.task_id, decode(app, lost.call) if lost.call else {}, ending)
+            signals.emit(
+                signals.coalesce_error, task, bus, meta, shown={"exception": repr(error)}, exception=error
+            )
+        announce_end(bus, lease.task_id, ending)
+        end_run(app, coalescer, lease, ending, bus)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,444 @@
+"""The gate, and the parent's reports of a run's end.
+
+The gate is asked right before the pool: ``Request.execute_using_pool`` of ``create_request_cls`` (celery.worker.request, 5.5-5.7)
+calls ``revoked()``, and hands the request to the pool only if that is false. It is the one method on that way that a
+subclass keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from typing import Any
+from uuid import uuid4
+
+from billiard.einfo import ExceptionInfo
+from celery.exceptions import Reject, Terminated, TimeLimitExceeded
+from celery.utils import uuid
+from celery.utils.saferepr import saferepr
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+
+from .. import signals
+from ..calls import HEADER, decode, encode, follower_of, message_call, moment, without_callbacks
+from ..dispatch import publish_all
+from ..endings import Ending, announce_end, end_run, stored_ending
+from ..engine import Engine, engine_of
+from ..errors import CoalesceError, InvalidKey, QueueFull, StoreUnavailable
+from ..keys import state_id
+from ..policy import Policy
+from ..records import Accepted, Envelope, Known, Lease, RunMeta, Trigger
+from ..signals import EventBus
+from ..states import Answer, Disposition, Outcome
+from ..triggering import accept, report
+from .presence import presence_of
+
+__all__ = ["CoalescedRequest"]
+
+logger = logging.getLogger("celery_coalesce")
+
+#: Seconds until a message that met a store that is away is brought to the gate again.
+GATE_AGAIN = 1.0
+#: Seconds between two looks at a pool child that is being killed.
+DEATH_AGAIN = 0.05
+
+
+class CoalescedRequest(Request):
+    """A message of a coalesced task, in the worker's main process."""
+
+    #: The lease that the gate got, until its end has been reported by this process.
+    _lease: Lease | None = None
+    #: Celery asks whether the task is revoked, but shall not act on it yet.
+    _asking = False
+    #: What Celery would have announced.
+    _verdict: tuple[Any, ...] | None = None
+    #: The gate has sent the request on, or away.
+    _decided = False
+    #: The gate has kept the message back, beyond the prefetch count.
+    _held = False
+
+    # -- the gate ----------------------------------------------------------------------------------------------------
+
+    def revoked(self) -> bool:
+        """Return whether the request must not go to the pool: revoked, or not admitted by its key."""
+        if self._decided or self._exempt():
+            return bool(super().revoked())
+        if self not in worker_state.reserved_requests:
+            # At receipt. What is to be done with a revoked or expired run is for the record to say, at the gate.
+            return False
+        with self._gate() as engine:
+            return self._admit(engine)
+        return True
+
+    def _exempt(self) -> bool:
+        header = self._request_dict.get(HEADER)
+        return self.task.coalesce_policy is None or (
+            isinstance(header, dict) and header.get("exempt") is True
+        )
+
+    @contextlib.contextmanager
+    def _gate(self) -> Iterator[Engine]:
+        """Keep the message if the store is away, or if whatever went wrong may go right later."""
+        try:
+            yield engine_of(self.app)
+        except StoreUnavailable as error:
+            logger.warning(
+                "Task %s[%s] waits for the state server: %s",
+                self.name,
+                self.id,
+                error,
+                extra={"action": "gate_away", "task_id": self.id},
+            )
+            self._hold(GATE_AGAIN)
+        except CoalesceError as error:
+            self._fail(error)
+
+    def _admit(self, engine: Engine) -> bool:
+        header = self._request_dict.get(HEADER)
+        envelope = self._envelope(header) if isinstance(header, dict) else None
+        if envelope is not None:
+            answer = self._start(engine, envelope)
+            if answer is not Answer.UNKNOWN:
+                return answer is not Answer.RUNNING
+        return self._admit_as_trigger(engine)
+
+    def _envelope(self, header: dict[str, Any]) -> Envelope | None:
+        """Return the run that the message names, ``None`` if what it names can be no run."""
+        state, run, attempt = header.get("state"), header.get("run"), header.get("attempt")
+        if not (isinstance(state, str) and isinstance(run, str) and isinstance(attempt, int)):
+            return None
+        if not (state.isalnum() and state.isascii() and len(state) <= 64):
+            return None
+        if not (run.isdigit() and run.isascii() and len(run) <= 20):
+            return None
+        return Envelope(state, run, self.id, self._type, attempt, 0, b"", b"")
+
+    def _start(self, engine: Engine, envelope: Envelope) -> Answer:
+        """Ask for the run's lease, and do what the answer says."""
+        presence = presence_of(self.app)
+        revoked = self._would_be_revoked()
+        started = engine.coalescer.start(
+            envelope,
+            owner=presence.owner,
+            claim=uuid4().hex[:12],
+            late=bool(self.task.acks_late),
+            revoked=revoked,
+        )
+        answer = started.answer
+        if started.lease is not None:
+            self._take(started.lease)
+            if answer is not Answer.RUNNING:
+                self._end_unstarted(engine, answer)
+        elif answer is Answer.EARLY:
+            self._hold(started.wait / 1000)
+        elif answer is Answer.CARRY:
+            call = decode(self.app, started.call) if started.call else {}
+            kept = without_callbacks(call)
+            blob = encode(kept, kept.get("serializer") or self.task.serializer) if kept else b""
+            sent = engine.coalescer.carry(envelope, uuid(), blob)
+            self._announce()
+            self._release()
+            publish_all(self.app, engine.coalescer, sent)
+        elif answer is not Answer.UNKNOWN:
+            if answer is Answer.GONE:
+                announce_end(self._bus(), self.id, Ending(Outcome.REVOKED))
+            self._drop(answer.value)
+        return answer
+
+    def _take(self, lease: Lease) -> None:
+        """Make the request the run's: its lease, arguments, expiry and whether its result is wanted."""
+        self._release()
+        self._decided = True
+        bus = self._bus()
+        self._lease = Lease(
+            **{
+                **lease.__dict__,
+                "hostname": self._hostname,
+                "monitored": bus.enabled,
+                "leased_at": time.monotonic(),
+            }
+        )
+        presence_of(self.app).leased(self._lease)
+        request = self._request_dict
+        request[HEADER] = self._lease.as_header()
+        request["ignore_result"] = self._ignore_result = not lease.store
+        if lease.expires is not None:
+            request["expires"] = datetime.fromtimestamp(lease.expires / 1000, timezone.utc).isoformat()
+        if lease.args:
+            args, kwargs = decode(self.app, lease.args)
+            _, _, embed = self._payload
+            # A decoded body, as of protocol 1 (trace_task_ret, celery.app.trace, 5.5-5.7).
+            self._payload = self._body = (args, kwargs, embed)
+            self._content_type = self._content_encoding = None
+            self._args, self._kwargs = args, kwargs
+            amqp = self.app.amqp
+            self._argsrepr = saferepr(args, amqp.argsrepr_maxsize)
+            self._kwargsrepr = saferepr(kwargs, amqp.kwargsrepr_maxsize)
+            request.update(args=args, kwargs=kwargs, argsrepr=self._argsrepr, kwargsrepr=self._kwargsrepr)
+
+    def _end_unstarted(self, engine: Engine, answer: Answer) -> None:
+        """End a run that was revoked, or has expired, before it began."""
+        lease = self._lease
+        if lease is None:
+            return
+        expired = answer is Answer.EXPIRED
+        if self._verdict is None:
+            self._verdict = ("expired" if expired else "revoked", False, None, expired)
+        ending = Ending(Outcome.EXPIRED if expired else Outcome.REVOKED)
+        self._announce()
+        bus = self._bus()
+        signals.emit(
+            signals.coalesce_skip,
+            self.task,
+            bus,
+            RunMeta.of(lease),
+            shown={"outcome": ending.outcome.value},
+            outcome=ending.outcome,
+        )
+        self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
+
+    def _admit_as_trigger(self, engine: Engine) -> bool:
+        """Treat a message that carries no run as a call: from ``send_task``, beat, another language, or a store that was lost."""
+        if self._would_be_revoked():
+            self._decided = True
+            return bool(super().revoked())
+        policy: Policy = self.task.coalesce_policy
+        arguments = (list(self._args), dict(self._kwargs))
+        try:
+            key = policy.key(*arguments)
+        except InvalidKey as error:
+            self._fail(error)
+            return True
+        except Exception:
+            # The arguments do not fit: the body will say so better than a key could.
+            key = None
+        if key is None:
+            self._decided = True
+            return bool(super().revoked())
+        accepted = self._accept(engine, policy, key, arguments)
+        if isinstance(accepted, Accepted) and accepted.disposition is not Disposition.DISPATCHED:
+            self._join(policy, key, accepted)
+            return True
+        if accepted is None:
+            announce_end(self._bus(), self.id, Ending(Outcome.REVOKED))
+            self._drop(Answer.GONE.value)
+            return True
+        attempt = accepted.attempt if isinstance(accepted, Known) else 0
+        envelope = Envelope(
+            state_id(policy.scope, key), accepted.run, self.id, self._type, attempt, 0, b"", b""
+        )
+        return self._start(engine, envelope) is not Answer.RUNNING
+
+    def _accept(
+        self, engine: Engine, policy: Policy, key: str, arguments: tuple[Any, Any]
+    ) -> Accepted | Known | None:
+        call = message_call({**self._request_dict, **(self._payload[2] or {})})
+        serializer = self.task.serializer
+        expires = self._request_dict.get("expires")
+        trigger = Trigger(
+            task_id=self.id,
+            key=key,
+            args=encode([*arguments], serializer),
+            call=encode(call, serializer) if call else b"",
+            follower=encode(follower_of(self._type, self.id, call, received=True), serializer),
+            store=not self._ignore_result,
+            expires=moment(self.app, expires) if expires else None,
+            message=self.id,
+            watch=signals.is_watched(signals.coalesce_trigger, self._bus()),
+        )
+        accepted = accept(self.app, engine.coalescer, policy, trigger, arguments, serializer)
+        if isinstance(accepted, Accepted):
+            report(self.app, self._bus(), policy, trigger, accepted, arguments)
+            publish_all(self.app, engine.coalescer, accepted.sent)
+        return accepted
+
+    def _join(self, policy: Policy, key: str, accepted: Accepted) -> None:
+        """Let go of a message whose work another run does, or will do."""
+        if accepted.disposition is Disposition.REJECTED:
+            self._fail(QueueFull(policy.task, key, int(accepted.run)))
+        else:
+            self._drop(accepted.disposition.value)
+
+    # -- what becomes of the message ---------------------------------------------------------------------------------
+
+    def _would_be_revoked(self) -> bool:
+        self._asking, self._verdict = True, None
+        try:
+            return bool(super().revoked())
+        finally:
+            self._asking = False
+
+    def _announce_revoked(self, *verdict: Any) -> None:
+        if self._asking:
+            self._verdict = verdict
+            return
+        super()._announce_revoked(*verdict)
+
+    def _announce(self) -> None:
+        """Do what Celery does with a revoked task: store it, acknowledge it, tell of it."""
+        self._decided = True
+        verdict = self._verdict or ("revoked", False, None, False)
+        self._announce_revoked(*verdict)
+
+    def _drop(self, why: str) -> None:
+        """Acknowledge a message that has nothing to do."""
+        self._decided = True
+        self._release()
+        logger.info(
+            "Task %s[%s] needs no run of its own: %s",
+            self.name,
+            self.id,
+            why,
+            extra={"action": "message_dropped", "task_id": self.id, "why": why},
+        )
+        worker_state.task_ready(self)
+        self.acknowledge()
+
+    def _fail(self, error: CoalesceError) -> None:
+        """End a message that can not be admitted as Celery ends a task that raised."""
+        self._decided = True
+        self._release()
+        try:
+            raise error
+        except CoalesceError:
+            info = ExceptionInfo()
+        super().on_failure(info, return_ok=False)
+        self.acknowledge()
+
+    def _hold(self, seconds: float) -> None:
+        """Keep the message, unacknowledged, and bring it to the gate again later. It takes no place in the prefetch count."""
+        consumer = presence_of(self.app).consumer
+        if consumer is None:
+            raise CoalesceError("a message came to the gate before the worker's consumer was there")
+        if not self._held:
+            self._held = True
+            consumer.qos.increment_eventually()
+        # The timer's entry keeps the request alive: reserved_requests holds it weakly.
+        consumer.timer.call_after(seconds, consumer.on_task_request, (self,))
+
+    def _release(self) -> None:
+        if self._held:
+            self._held = False
+            consumer = presence_of(self.app).consumer
+            if consumer is not None:
+                consumer.qos.decrement_eventually()
+
+    def _bus(self) -> EventBus:
+        enabled = bool(self._eventer and self._eventer.enabled and self.task.send_events)
+        return EventBus(self.app, enabled and engine_of(self.app).settings.events, self._hostname)
+
+    # -- the end, as the parent sees it ------------------------------------------------------------------------------
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """Note which process runs the body."""
+        if self._lease is not None:
+            presence_of(self.app).accepted(self._lease, pid)
+        super().on_accepted(pid, time_accepted)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """Report the end of a run whose process can not: killed, terminated, out of time."""
+        super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        if return_ok or self._lease is None:
+            return
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, Reject):
+            return
+        self._once_dead(lambda: self._end_killed(error))
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Report the end of a run that is killed for its hard time limit."""
+        super().on_timeout(soft, timeout)
+        if not soft and self._lease is not None:
+            self._once_dead(lambda: self._end_killed(TimeLimitExceeded(timeout)))
+
+    def reject(self, requeue: bool = False) -> None:
+        """Give the message back only when the run waits for it, and its process is gone."""
+        if self._lease is None:
+            super().reject(requeue=requeue)
+        elif requeue and not self.acknowledged:
+            # Held back from Celery's other calls until the process is gone.
+            self._once_dead(self._requeue)
+        else:
+            super().reject(requeue=requeue)
+            if requeue:
+                # Acknowledged early, it can not come back: for Celery this task has vanished.
+                self._once_dead(lambda: self._end_killed(Reject("rejected after it was acknowledged")))
+
+    def _requeue(self) -> None:
+        lease = self._settle()
+        if lease is None:
+            return
+        coalescer = engine_of(self.app).coalescer
+        try:
+            coalescer.requeue(lease)
+        except StoreUnavailable:
+            # The message comes back all the same, and is a duplicate until the lease has been taken away.
+            presence_of(self.app).abandoned(lease)
+        super().reject(requeue=True)
+
+    def _end_killed(self, error: BaseException) -> None:
+        """End, or give another try to, a run whose process is gone."""
+        lease = self._settle()
+        if lease is None:
+            return
+        engine = engine_of(self.app)
+        bus = self._bus()
+        if isinstance(error, Terminated) and self._already_cancelled and self.task.acks_late:
+            # The connection was lost, and the broker gives the message back; whether before or after this, nobody knows.
+            self._report(
+                lambda: publish_all(self.app, engine.coalescer, engine.coalescer.requeue(lease) or ())
+            )
+            return
+        if self._already_revoked or isinstance(error, Terminated):
+            ending = Ending(Outcome.REVOKED)
+        else:
+            # Celery 5.7 keeps a success that was stored before the process died.
+            ending = stored_ending(self.app, self._type, self.id) or Ending.failed(error)
+        self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
+
+    def _settle(self) -> Lease | None:
+        """Return the lease, once: whatever else Celery reports of this request is its echo.
+
+        A retry after a lost worker (``_retry_worker_lost``, celery.worker.request, 5.7) has moved the run on already; its token is
+        then refused.
+        """
+        lease, self._lease = self._lease, None
+        return lease
+
+    def _once_dead(self, report: Callable[[], None]) -> None:
+        """Report once the pool child that ran the body is gone: a hard time limit is announced before the process is killed."""
+        pid = self.worker_pid
+        consumer = presence_of(self.app).consumer
+        if pid is None or pid == os.getpid() or not _alive(pid) or consumer is None:
+            report()
+            return
+        consumer.timer.call_after(DEATH_AGAIN, self._once_dead, (report,))
+
+    def _report(self, report: Callable[[], Any]) -> None:
+        try:
+            report()
+        except StoreUnavailable as error:
+            logger.warning(
+                "The end of task %s[%s] could not be reported yet: %s",
+                self.name,
+                self.id,
+                error,
+                extra={"action": "report_delayed", "task_id": self.id},
+            )
+            consumer = presence_of(self.app).consumer
+            if consumer is not None:
+                consumer.timer.call_after(GATE_AGAIN, self._report, (report,))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
