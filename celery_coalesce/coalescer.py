@@ -142,10 +142,7 @@ class Coalescer:
             "store": trigger.store,
             "redispatch": self.timing.redispatch,
             "soon": self.timing.soon,
-            "delay": trigger.delay,
-            "due": trigger.due,
-            "ttl": trigger.ttl,
-            "expires": trigger.expires,
+            **trigger.times,
             "within": trigger.within,
             "watch": trigger.watch or None,
         }

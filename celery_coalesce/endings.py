@@ -52,8 +52,8 @@ class Ending:
     def state(self) -> str:
         """The Celery state that callers see."""
         if self.outcome in (Outcome.REVOKED, Outcome.EXPIRED):
-            return states.REVOKED
-        return states.FAILURE if self.error is not None else states.SUCCESS
+            return str(states.REVOKED)
+        return str(states.FAILURE if self.error is not None else states.SUCCESS)
 
 
 def end_run(

@@ -1,6 +1,6 @@
 """What can go wrong, as a tree that callers can branch on.
 
-"Lost" differs from "never had": :exc:`LeaseLost` is the end of a run that had its slot, :exc:`StoreUnavailable` says nothing
+Each is built from its ``args`` alone, so that it survives pickling and a result backend. "Lost" differs from "never had": :exc:`LeaseLost` is the end of a run that had its slot, :exc:`StoreUnavailable` says nothing
 about any run.
 """
 
@@ -32,13 +32,17 @@ class OptionError(CoalesceError, ImproperlyConfigured):
         task: Name of the task.
         option: Name of the option.
         value: The offending value.
+        problem: What is wrong with it.
+        remedy: What to do about it.
     """
 
     def __init__(self, task: str, option: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"{task}: {option}={value!r} {problem}; {remedy}")
-        self.task = task
-        self.option = option
-        self.value = value
+        super().__init__(task, option, value, problem, remedy)
+        self.task, self.option, self.value = task, option, value
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.option}={self.value!r} {self.problem}; {self.remedy}"
 
 
 class SettingError(CoalesceError, ImproperlyConfigured):
@@ -47,12 +51,17 @@ class SettingError(CoalesceError, ImproperlyConfigured):
     Attributes:
         setting: Name of the setting.
         value: The offending value, without passwords.
+        problem: What is wrong with it.
+        remedy: What to do about it.
     """
 
     def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"{setting}={value!r} {problem}; {remedy}")
-        self.setting = setting
-        self.value = value
+        super().__init__(setting, value, problem, remedy)
+        self.setting, self.value = setting, value
+        self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.value!r} {self.problem}; {self.remedy}"
 
 
 class InvalidKey(CoalesceError, ValueError):
@@ -61,12 +70,15 @@ class InvalidKey(CoalesceError, ValueError):
     Attributes:
         task: Name of the task.
         value: What was given as its key.
+        problem: What is wrong with it.
     """
 
     def __init__(self, task: str, value: object, problem: str) -> None:
-        super().__init__(f"{task}: {problem}")
-        self.task = task
-        self.value = value
+        super().__init__(task, value, problem)
+        self.task, self.value, self.problem = task, value, problem
+
+    def __str__(self) -> str:
+        return f"{self.task}: {self.problem}"
 
 
 class QueueFull(CoalesceError):
@@ -79,13 +91,14 @@ class QueueFull(CoalesceError):
     """
 
     def __init__(self, task: str, key: str, run_id: int) -> None:
-        super().__init__(
-            f"{task}: key {key!r} has as many waiting runs as coalesce_max_queued allows; "
+        super().__init__(task, key, run_id)
+        self.task, self.key, self.run_id = task, key, run_id
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task}: key {self.key!r} has as many waiting runs as coalesce_max_queued allows; "
             'call again later, or use coalesce_overflow="merge"'
         )
-        self.task = task
-        self.key = key
-        self.run_id = run_id
 
 
 class LeaseLost(CoalesceError, WorkerLostError):

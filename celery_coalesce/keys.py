@@ -76,7 +76,7 @@ class Parameters:
 
     def unbind(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return positional and keyword arguments that bind to ``arguments``."""
-        bound = inspect.BoundArguments(self.signature, dict(arguments))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.signature, dict(arguments))
         return list(bound.args), dict(bound.kwargs)
 
 

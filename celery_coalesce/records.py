@@ -29,11 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Trigger:
-    """One call that asks for work on a key, as the engine takes it.
-
-    Times are milliseconds. Of ``delay`` and ``due``, and of ``ttl`` and ``expires``, at most one is given: the first of each
-    counts from now on the server's clock, the second is a moment of it.
-    """
+    """One call that asks for work on a key, as the engine takes it."""
 
     task_id: str
     key: str
@@ -41,10 +37,9 @@ class Trigger:
     call: bytes = b""
     follower: bytes = b""
     store: bool = True
-    delay: int | None = None
-    due: int | None = None
-    ttl: int | None = None
-    expires: int | None = None
+    #: Milliseconds by name: ``delay`` or ``due``, ``ttl`` or ``expires``. The first of each counts from now on the server's
+    #: clock, the second is a moment of it.
+    times: Mapping[str, int] = field(default_factory=dict)
     #: The run whose body, links or chain make this call.
     within: str | None = None
     #: The id of the message that came without a run.

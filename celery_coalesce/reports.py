@@ -71,30 +71,13 @@ def on_success(sender: Any, result: Any = None, **_: Any) -> None:
 
 
 def on_failure(sender: Any, exception: Any = None, einfo: Any = None, **_: Any) -> None:
-    """Announce a failure, in the child that raised or the parent that lost it.
-
-    A hard time limit sends ``task_failure`` twice (celery.worker.request, 5.7): the second is not announced.
-    """
+    """Announce a failure of the body. One that only the parent has seen is announced by the parent."""
     run = _run_of(sender)
-    if run is None:
-        header = sender.request.__dict__.get(HEADER)
-        lease = Lease.from_header(header) if isinstance(header, dict) else None
-        if lease is None or sender.request.called_directly is True:
-            return
-        run = Run(
-            engine_of(sender.app).coalescer, lease, EventBus(sender.app, lease.monitored, lease.hostname)
-        )
-    if run.lost or run.next_attempt is not None:
+    if run is None or run.lost or run.next_attempt is not None:
         return
     run.traceback = str(getattr(einfo, "traceback", "") or "") or None
-    announce_failure(sender, run.bus, run, exception)
-
-
-def announce_failure(task: Any, bus: EventBus, run: Run, error: BaseException | None) -> None:
-    """Send ``coalesce_error``."""
-    signals.emit(
-        signals.coalesce_error, task, bus, run.meta, shown={"exception": repr(error)}, exception=error
-    )
+    shown = {"exception": repr(exception)}
+    signals.emit(signals.coalesce_error, sender, run.bus, run.meta, shown=shown, exception=exception)
 
 
 def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = None, **_: Any) -> None:

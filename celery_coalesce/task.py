@@ -14,7 +14,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 from celery.utils import uuid
 
-from . import builtins
+from . import replacements, signals
 from .calls import HEADER, captured, encode, eta_header, follower_of, is_rpc, moment
 from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all, run_header
@@ -107,27 +107,27 @@ class CoalescedTask(Task):
                 # A subclass overrides __call__, perhaps without super(): the guard goes around it.
                 cls.__call__ = _guarded(cls.__call__)  # type: ignore[method-assign]
             install(app)
-        return bound  # type: ignore[no-any-return]
+        return bound
 
     @classmethod
     def _declared(cls) -> dict[str, Any]:
         """Take the options out of the class's attributes: ``self.coalesce`` is the run, not the option."""
         kept: dict[str, Any] | None = cls.__dict__.get("_coalesce_declared")
-        options: dict[str, Any] = dict(kept or {})
+        if kept is not None:
+            return kept
+        options: dict[str, Any] = {}
         own = set(CoalescedTask.__dict__)
         for ancestor in reversed(cls.__mro__):
-            if ancestor is CoalescedTask or not issubclass(ancestor, CoalescedTask):
-                # Mixins beside CoalescedTask may declare options too.
-                if issubclass(CoalescedTask, ancestor):
-                    continue
+            if issubclass(CoalescedTask, ancestor):
+                continue
             for name, value in ancestor.__dict__.items():
-                if name == "coalesce":
-                    if not isinstance(value, property):
-                        options[name] = value
-                elif name.startswith("coalesce_") and name not in own:
+                if name == "coalesce" and isinstance(value, property):
+                    # An ancestor that was bound itself: what it declared is kept beside.
+                    options.update(ancestor.__dict__.get("_coalesce_declared") or {})
+                elif name == "coalesce" or (name.startswith("coalesce_") and name not in own):
                     options[name] = value.__func__ if isinstance(value, staticmethod) else value
         cls._coalesce_declared = options
-        cls.coalesce = CoalescedTask.__dict__["coalesce"]
+        cls.coalesce = CoalescedTask.__dict__["coalesce"]  # type: ignore[method-assign]
         return options
 
     @classmethod
@@ -153,13 +153,8 @@ class CoalescedTask(Task):
     @property
     def coalesce(self) -> InlineRun:
         """The run that the body is in: every field of :class:`~celery_coalesce.RunMeta`, and ``check()``."""
-        request = self.request
-        run = request.__dict__.get(ATTRIBUTE)
-        if run is None:
-            run = InlineRun(self._inline_meta(request))
-            if request.called_directly is False or request.args is not None:
-                request.__dict__[ATTRIBUTE] = run
-        return run  # type: ignore[no-any-return]
+        run: InlineRun | None = self.request.__dict__.get(ATTRIBUTE)
+        return run if run is not None else InlineRun(self._inline_meta(self.request))
 
     def _inline_meta(self, request: Context) -> RunMeta:
         policy = self._policy()
@@ -211,7 +206,7 @@ class CoalescedTask(Task):
             raise Ignore("The lease was lost")
         run.handed_on = len(followers)
         if followers:
-            builtins.complete_with(self._get_app(), sig, followers)
+            replacements.complete_with(self._get_app(), sig, followers)
         return super().on_replace(sig)
 
     def _takes_over(self, run: Run, sig: Signature) -> bool:
@@ -292,6 +287,10 @@ class CoalescedTask(Task):
             return plain(task_id=task_id, **options)
         if self.typing:
             self.__header__(*(args or ()), **(kwargs or {}))
+        header = (options.get("headers") or {}).get(HEADER)
+        if isinstance(header, dict) and header.get("exempt") is True:
+            # The retry of an exempt call is exempt.
+            overrides["coalesce_key"] = None
         if "coalesce_key" in overrides:
             given = overrides["coalesce_key"]
             key = None if given is None else policy.checked(given)
@@ -334,9 +333,9 @@ class CoalescedTask(Task):
             call=encode(call, serializer) if call else b"",
             follower=encode(follower_of(str(self.name), own_id, call), serializer) if follows else b"",
             store=not (self.ignore_result if ignored is None else ignored),
+            times=self._times(app, options),
             within=self._within(app),
-            **self._times(app, options),
-            watch=bool(_trigger_watched(engine.producer_bus)),
+            watch=signals.is_watched(signals.coalesce_trigger, engine.producer_bus),
         )
         try:
             accepted = accept(app, engine.coalescer, policy, trigger, (args, kwargs), serializer)
@@ -444,7 +443,7 @@ class CoalescedTask(Task):
         return dumped
 
     def _times(self, app: Celery, options: Mapping[str, Any]) -> dict[str, int]:
-        """Return a call's due time and expiry, in milliseconds."""
+        """Return a call's due time and expiry."""
         times: dict[str, int] = {}
         countdown, eta = options.get("countdown"), options.get("eta")
         expires = options.get("expires", self.expires)
@@ -560,9 +559,3 @@ def tell_cleared(app: Celery, lease: Lease, call: bytes) -> None:
     ending = Ending(Outcome.REVOKED)
     tell_caller(app, lease.task, lease.task_id, decode(app, call) if call else {}, ending)
     end_run(app, engine.coalescer, lease, ending, engine.producer_bus)
-
-
-def _trigger_watched(bus: Any) -> bool:
-    from . import signals
-
-    return signals.is_watched(signals.coalesce_trigger, bus)

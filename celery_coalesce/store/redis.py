@@ -197,7 +197,7 @@ def _is_redis(url: str) -> bool:
 def _shown(url: str) -> str:
     """Return a URL without its password."""
     try:
-        return maybe_sanitize_url(url.split(";", 1)[0]).split("?", 1)[0]
+        return str(maybe_sanitize_url(url.split(";", 1)[0])).split("?", 1)[0]
     except ValueError:
         return "..."
 
@@ -272,10 +272,10 @@ def _sentinel(url: str) -> Callable[[], Client]:
         )
 
     def make() -> Client:
-        sentinel = Sentinel(
+        sentinel = Sentinel(  # type: ignore[no-untyped-call]
             hosts, sentinel_kwargs={**sentinel_options, "socket_timeout": CONNECT_TIMEOUT}, **options
         )
-        return sentinel.master_for(name)
+        return sentinel.master_for(name)  # type: ignore[no-untyped-call]
 
     return make
 
@@ -303,7 +303,7 @@ def _own_pool(pool: Any) -> Client:
         kwargs.pop("connection_pool", None)
         secure = issubclass(pool.connection_class, redis.SSLConnection)
         return redis.Redis(
-            connection_pool=redis.sentinel.SentinelConnectionPool(
+            connection_pool=redis.sentinel.SentinelConnectionPool(  # type: ignore[no-untyped-call]
                 pool.service_name, manager, ssl=secure, **kwargs
             )
         )

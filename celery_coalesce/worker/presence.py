@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from celery import bootsteps
 from celery.exceptions import WorkerLostError
+from celery.signals import worker_shutdown
 
 from .. import signals
 from ..calls import decode
@@ -56,7 +57,10 @@ def presence_of(app: Celery) -> PresenceThread:
 
 
 class Presence(bootsteps.StartStopStep):
-    """Starts the presence before the consumer takes its first message, and ends it after the pool has."""
+    """Starts the presence before the consumer takes its first message.
+
+    It ends with ``worker_shutdown``, after the pool has finished what it runs: a step would be stopped before the pool.
+    """
 
     requires = ("celery.worker.components:Pool",)
 
@@ -66,14 +70,13 @@ class Presence(bootsteps.StartStopStep):
         worker.app.__dict__[_ATTRIBUTE] = self.thread
 
     def start(self, worker: WorkController) -> None:
-        """Announce this process."""
+        """Announce this process.
+
+        Raises:
+            SettingError: The state server can not be used.
+        """
         self.thread.begin()
-
-    def stop(self, worker: WorkController) -> None:
-        """Say goodbye. What is still held runs out by itself."""
-        self.thread.end()
-
-    terminate = stop
+        worker_shutdown.connect(self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}")
 
 
 class PresenceThread:
@@ -116,14 +119,20 @@ class PresenceThread:
 
     def begin(self) -> None:
         """Beat once, so that the first lease finds a presence, and go on beating."""
-        wait = self._beat()
+        wait = 0.0
+        try:
+            engine_of(self._app).coalescer.heartbeat(self.owner)
+        except StoreUnavailable as error:
+            # As with a broker that is not there yet: the worker waits for it.
+            logger.warning("The state server is away: %s", error, extra={"action": "store_away"})
+            wait = AWAY_AGAIN
         self._thread = threading.Thread(
             target=self._run, args=(wait,), name="celery-coalesce-presence", daemon=True
         )
         self._thread.start()
 
-    def end(self) -> None:
-        """Stop beating."""
+    def end(self, **_: Any) -> None:
+        """Stop beating, and say goodbye. What is still held runs out by itself."""
         if self._ended.is_set():
             return
         self._ended.set()

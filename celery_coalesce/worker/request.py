@@ -28,7 +28,7 @@ from ..calls import HEADER, decode, encode, follower_of, message_call, moment, w
 from ..dispatch import publish_all
 from ..endings import Ending, announce_end, end_run, stored_ending
 from ..engine import Engine, engine_of
-from ..errors import CoalesceError, InvalidKey, QueueFull, StoreUnavailable
+from ..errors import CoalesceError, QueueFull, StoreUnavailable
 from ..keys import state_id
 from ..policy import Policy
 from ..records import Accepted, Envelope, Known, Lease, RunMeta, Trigger
@@ -94,7 +94,8 @@ class CoalescedRequest(Request):
                 extra={"action": "gate_away", "task_id": self.id},
             )
             self._hold(GATE_AGAIN)
-        except CoalesceError as error:
+        except Exception as error:
+            # Whatever a message or a record holds, it must not take the worker down.
             self._fail(error)
 
     def _admit(self, engine: Engine) -> bool:
@@ -172,7 +173,8 @@ class CoalescedRequest(Request):
             args, kwargs = decode(self.app, lease.args)
             _, _, embed = self._payload
             # A decoded body, as of protocol 1 (trace_task_ret, celery.app.trace, 5.5-5.7).
-            self._payload = self._body = (args, kwargs, embed)
+            self._payload: Any = (args, kwargs, embed)
+            self._body = self._payload
             self._content_type = self._content_encoding = None
             self._args, self._kwargs = args, kwargs
             amqp = self.app.amqp
@@ -208,14 +210,7 @@ class CoalescedRequest(Request):
             return bool(super().revoked())
         policy: Policy = self.task.coalesce_policy
         arguments = (list(self._args), dict(self._kwargs))
-        try:
-            key = policy.key(*arguments)
-        except InvalidKey as error:
-            self._fail(error)
-            return True
-        except Exception:
-            # The arguments do not fit: the body will say so better than a key could.
-            key = None
+        key = policy.key(*arguments) if self._fits(arguments) else None
         if key is None:
             self._decided = True
             return bool(super().revoked())
@@ -233,6 +228,14 @@ class CoalescedRequest(Request):
         )
         return self._start(engine, envelope) is not Answer.RUNNING
 
+    def _fits(self, arguments: tuple[Any, Any]) -> bool:
+        """Return whether the body can be called; if not, its own TypeError says more than a key could."""
+        try:
+            self.task.coalesce_policy.parameters.bind(*arguments)
+        except TypeError:
+            return False
+        return True
+
     def _accept(
         self, engine: Engine, policy: Policy, key: str, arguments: tuple[Any, Any]
     ) -> Accepted | Known | None:
@@ -246,7 +249,7 @@ class CoalescedRequest(Request):
             call=encode(call, serializer) if call else b"",
             follower=encode(follower_of(self._type, self.id, call, received=True), serializer),
             store=not self._ignore_result,
-            expires=moment(self.app, expires) if expires else None,
+            times={"expires": moment(self.app, expires)} if expires else {},
             message=self.id,
             watch=signals.is_watched(signals.coalesce_trigger, self._bus()),
         )
@@ -298,16 +301,20 @@ class CoalescedRequest(Request):
         worker_state.task_ready(self)
         self.acknowledge()
 
-    def _fail(self, error: CoalesceError) -> None:
+    def _fail(self, error: Exception) -> None:
         """End a message that can not be admitted as Celery ends a task that raised."""
         self._decided = True
         self._release()
+        lease, self._lease = self._lease, None
         try:
             raise error
-        except CoalesceError:
+        except Exception:
             info = ExceptionInfo()
         super().on_failure(info, return_ok=False)
         self.acknowledge()
+        if lease is not None:
+            engine, bus, ending = engine_of(self.app), self._bus(), Ending.failed(error)
+            self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
 
     def _hold(self, seconds: float) -> None:
         """Keep the message, unacknowledged, and bring it to the gate again later. It takes no place in the prefetch count."""
@@ -398,14 +405,21 @@ class CoalescedRequest(Request):
         else:
             # Celery 5.7 keeps a success that was stored before the process died.
             ending = stored_ending(self.app, self._type, self.id) or Ending.failed(error)
-        self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
+        self._report(lambda: self._end(engine, lease, ending, bus))
+
+    def _end(self, engine: Engine, lease: Lease, ending: Ending, bus: EventBus) -> None:
+        if not engine.coalescer.check(lease):
+            # A retry after a lost worker (_retry_worker_lost, celery.worker.request, 5.7) has moved the run on already.
+            return
+        if ending.outcome is Outcome.FAILED:
+            shown = {"exception": repr(ending.error)}
+            signals.emit(
+                signals.coalesce_error, self.task, bus, RunMeta.of(lease), shown=shown, exception=ending.error
+            )
+        end_run(self.app, engine.coalescer, lease, ending, bus)
 
     def _settle(self) -> Lease | None:
-        """Return the lease, once: whatever else Celery reports of this request is its echo.
-
-        A retry after a lost worker (``_retry_worker_lost``, celery.worker.request, 5.7) has moved the run on already; its token is
-        then refused.
-        """
+        """Return the lease, once: whatever else Celery reports of this request is its echo."""
         lease, self._lease = self._lease, None
         return lease
 

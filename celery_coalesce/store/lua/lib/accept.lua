@@ -172,6 +172,7 @@ local function accept()
   if asked.mode == 'skip' then
     local run = flight(head)
     if run then
+      if run.state ~= 'running' then run.store = run.store or asked.store end
       follow(run)
       write_run(run)
       remember(head, 'skipped', run)

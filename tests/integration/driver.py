@@ -1,0 +1,265 @@
+"""Drives the engine by hand: every transition against a real server, without a worker.
+
+The driver's store sends every transition twice when told so, the very same command again, as a client
+does whose first reply was lost; so every test of the transitions is also one of their idempotence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import redis
+
+from celery_coalesce.coalescer import Coalescer, Started, Timing
+from celery_coalesce.keys import Names, state_id
+from celery_coalesce.policy import Policy
+from celery_coalesce.records import (
+    Accepted,
+    Envelope,
+    Finished,
+    Followers,
+    Known,
+    Lease,
+    MergeWanted,
+    RunMeta,
+    Trigger,
+)
+from celery_coalesce.states import Answer
+from celery_coalesce.store.redis import RedisStore
+
+#: Fields of `meta` that belong to the namespace, not to a key.
+RESTS = {"meta"}
+
+
+class Twice:
+    """A store that can send every transition twice, and that remembers what it was told.
+
+    Args:
+        store: The real one.
+        snapshot: Returns all that is stored, to be compared after the second time.
+
+    Attributes:
+        twice: Whether every transition is sent a second time. The second reply is the one that counts, as for a
+            client that lost the first; it must equal the first, and must not change anything.
+        calls: (script, keys, argv) of every call, oldest first; a repeated one counts once.
+    """
+
+    def __init__(self, store: RedisStore, snapshot: Callable[[], Any]) -> None:
+        self.store = store
+        self.names = store.names
+        self.twice = False
+        self.calls: list[tuple[str, tuple[str, ...], tuple[Any, ...]]] = []
+        self._snapshot = snapshot
+
+    def call(self, script: str, keys: Sequence[str], *argv: str | bytes | int) -> list[Any]:
+        """Run a transition, twice if so told, and return its last reply."""
+        self.calls.append((script, tuple(keys), argv))
+        first = self.store.call(script, keys, *argv)
+        if not self.twice:
+            return first
+        before = self._snapshot()
+        second = self.store.call(script, keys, *argv)
+        assert same(second, first), f"{script}: repeated, it answers {second!r}, not {first!r}"
+        assert same(self._snapshot(), before), f"{script}: repeated, it changes the store"
+        return second
+
+    def replay(self, position: int = -1) -> list[Any]:
+        """Send an earlier call once more and return its reply."""
+        script, keys, argv = self.calls[position]
+        return self.store.call(script, keys, *argv)
+
+    def members(self, key: str, most: int) -> list[str]:
+        """Return some members of a set."""
+        return self.store.members(key, most)
+
+    def take(self, key: str, member: bytes) -> bool:
+        """Remove a member of a sorted set."""
+        return self.store.take(key, member)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare two replies or snapshots; numbers above 20 are times, which go on between them."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float) and one > 20 and other > 20:
+        return abs(one - other) < 5000
+    return bool(one == other)
+
+
+def body(key: str = "k", value: Any = None) -> None:
+    """Take what the driver's triggers pass."""
+
+
+def added(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Merge by adding."""
+    return {**later, "value": earlier["value"] + later["value"]}
+
+
+class Driver:
+    """One namespace of a server.
+
+    Attributes:
+        now: The engine.
+    """
+
+    def __init__(self, client: redis.Redis, namespace: str, timing: Timing | None = None) -> None:
+        self.client = client
+        self.names = Names("", namespace)
+        store = RedisStore(lambda: client, self.names, "test server")
+        self.store = Twice(store, self.snapshot)
+        self.engine = Coalescer(self.store, timing or Timing())
+        self._ids = itertools.count(1)
+
+    # What the processes do
+
+    def policy(self, task: str = "task", **options: Any) -> Policy:
+        """Return a task's options."""
+        given = {name if name == "coalesce" else f"coalesce_{name}": value for name, value in options.items()}
+        return Policy.declare(task, body, False, {"coalesce_key": "<key>", **given})
+
+    def trigger(
+        self,
+        value: Any = None,
+        *,
+        key: str = "k",
+        task: str = "task",
+        merging: MergeWanted | None = None,
+        given: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Make a call; `options` are the task's without their prefix, `given` the fields of the trigger."""
+        fields = {"task_id": f"id-{next(self._ids)}", "args": json.dumps(value).encode(), **(given or {})}
+        return self.engine.trigger(self.policy(task, **options), Trigger(key=key, **fields), merging)
+
+    def state(self, key: str = "k", scope: str = "task") -> str:
+        """Return a key's state id."""
+        return state_id(scope, key)
+
+    def envelope(self, accepted: Accepted | Known, key: str = "k", **changed: Any) -> Envelope:
+        """Return what the message of a trigger's run says."""
+        attempt = accepted.attempt if isinstance(accepted, Known) else 0
+        state = self.state(key, changed.pop("scope", "task"))
+        envelope = Envelope(state, accepted.run, accepted.task_id, "task", attempt, 0, b"", b"")
+        return replace(envelope, **changed)
+
+    def start(self, envelope: Envelope, owner: str = "w/1/a", claim: str = "", **changed: Any) -> Started:
+        """Bring a message to the gate."""
+        given = {"late": False, "revoked": False, **changed}
+        return self.engine.start(
+            envelope, owner=owner, claim=claim or f"claim-{next(self._ids)}", **given
+        )
+
+    def run(self, accepted: Any, key: str = "k", owner: str = "w/1/a", **changed: Any) -> Lease:
+        """Start a trigger's run, which must be startable, and return its lease."""
+        envelope = accepted if isinstance(accepted, Envelope) else self.envelope(accepted, key)
+        started = self.start(envelope, owner, **changed)
+        assert started.answer is Answer.RUNNING, started
+        assert started.lease is not None
+        return started.lease
+
+    def finish(self, lease: Lease, **options: Any) -> Finished:
+        """End a run that has no followers, under a lease that holds."""
+        reply = self.engine.finish(lease, **options)
+        assert isinstance(reply, Finished), reply
+        return reply
+
+    def finish_all(self, lease: Lease, most: int = 1000) -> list[list[bytes]]:
+        """End a run as its child does; return the slices of its followers."""
+        slices: list[list[bytes]] = []
+        for _ in range(most):
+            reply = self.engine.finish(lease, told=sum(map(len, slices)))
+            if isinstance(reply, Finished):
+                return slices
+            assert isinstance(reply, Followers)
+            slices.append(list(reply.blobs))
+        raise AssertionError("it does not end")
+
+    def drain_meta(self, lease: Lease) -> RunMeta:
+        """Return what a drain is announced with."""
+        return RunMeta.of(lease)
+
+    # What is stored
+
+    def keys(self) -> list[str]:
+        """Return the names of all keys of the namespace, without it."""
+        prefix = f"{{{self.names.namespace}}}:"
+        found: Any = self.client.scan_iter(match=f"{_escaped(prefix)}*", count=1000)
+        return sorted(key.decode().removeprefix(prefix) for key in found)
+
+    def left(self) -> list[str]:
+        """Return what is stored for keys, which is nothing when all are idle and no worker lives."""
+        return [name for name in self.keys() if name not in RESTS]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all that is stored, scores and packed values as they are."""
+        found: dict[str, Any] = {}
+        readers: dict[bytes, Callable[[str], Any]] = {
+            b"hash": self.client.hgetall,
+            b"zset": lambda name: dict(self.client.zrange(name, 0, -1, withscores=True)),
+            b"set": self.client.smembers,
+        }
+        for name in self.keys():
+            full = f"{{{self.names.namespace}}}:{name}"
+            kind: Any = self.client.type(full)
+            found[name] = readers[kind](full)
+        meta = found.get("meta", {})
+        for field in (b"beat", b"grace"):
+            if field in meta:
+                meta[field] = int(meta[field])
+        return found
+
+    def shown(self, key: str = "k", scope: str = "task") -> dict[str, Any]:
+        """Return a key's runs by id, with the head under ``"head"``; empty if the key is idle."""
+        view = self.engine.show(scope, key)
+        if view is None:
+            return {}
+        return {"head": view.head, **{run["id"]: run for run in view.runs}}
+
+    def timer(self, run: str, key: str = "k", scope: str = "task") -> float | None:
+        """Return how many milliseconds from now a run's timer is over, ``None`` if it has none."""
+        at: Any = self.client.zscore(self.names.timers, f"{self.state(key, scope)}/{run}")
+        return None if at is None else at - self.clock()
+
+    def waiting(self, key: str = "k", scope: str = "task") -> list[str]:
+        """Return the runs that are due and wait for a slot, in their order."""
+        found: Any = self.client.zrange(self.names.record(self.state(key, scope))[1], 0, -1)
+        return [run.decode() for run in found]
+
+    def presence(self, owner: str) -> float | None:
+        """Return how many milliseconds from now a presence runs out."""
+        at: Any = self.client.zscore(self.names.presence, owner)
+        return None if at is None else at - self.clock()
+
+    def clock(self) -> float:
+        """Return the server's clock in milliseconds."""
+        seconds, micros = self.client.time()  # type: ignore[misc]
+        return float(seconds * 1000 + micros / 1000)
+
+    # The clock goes on
+
+    def past(self, run: str, key: str = "k", scope: str = "task") -> str:
+        """Let a run's timer be over, and return its name in the timers."""
+        ref = f"{self.state(key, scope)}/{run}"
+        assert self.client.zscore(self.names.timers, ref) is not None, "it has no timer"
+        self.client.zadd(self.names.timers, {ref: self.clock() - 1}, xx=True)
+        return ref
+
+    def silent(self, owner: str) -> None:
+        """Let a presence run out."""
+        self.client.zadd(self.names.presence, {owner: self.clock() - 1})
+
+    def drop(self) -> None:
+        """Remove what is left of the namespace."""
+        names = [f"{{{self.names.namespace}}}:{name}" for name in self.keys()]
+        if names:
+            self.client.delete(*names)
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{c}" if c in "[]*?\\^" else c for c in text)

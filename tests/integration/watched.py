@@ -1,0 +1,90 @@
+"""Tasks and receivers for tests that watch: included by their workers, defined in the test process too.
+
+The receivers read off a key what they are to do: `raises:...` raises in every one, `kills:<where>:...` kills its own process once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal as signals_of_the_system
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Ignore
+
+import celery_coalesce.signals
+from celery_coalesce import CoalescedTask
+from celery_coalesce.coalescer import Coalescer
+from tests.support.app import BROKER_VARIABLE
+from tests.support.coalesced import EVENTS
+from tests.support.journal import Journal, journal_of
+from tests.support.tasks import recorded
+
+
+def define(app: Celery) -> None:
+    """Register the tasks with an app."""
+    for name, body in (("ignoring", ignoring), ("replaced", replaced)):
+        app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>")(body)
+    app.task(name="whole", bind=True, base=CoalescedTask)(whole)
+
+
+def ignoring(self: Task, key: str, gate: str | None = None) -> None:
+    """Wait at a gate, if one is named, and raise a bare `Ignore`."""
+    with recorded(self, key) as journal:
+        if gate:
+            journal.pass_gate(gate)
+        raise Ignore
+
+
+def replaced(self: Task, key: str, by: str, value: Any = None, gate: str | None = None) -> Any:
+    """Wait at a gate, if one is named, and be replaced by another task with the same key."""
+    with recorded(self, key) as journal:
+        if gate:
+            journal.pass_gate(gate)
+        raise self.replace(self.app.signature(by, args=(key, value)))
+
+
+def whole(self: Task, key: str) -> None:
+    """Have no key but the task."""
+    with recorded(self, key):
+        pass
+
+
+def _misbehave(meta: Any = None, signal: Any = None, **_: Any) -> None:
+    try:
+        journal, key = journal_of(meta.key)
+    except ValueError:
+        return
+    what, _, where = key.partition(":")
+    if what == "raises":
+        journal.record("raised", signal=signal.name)
+        raise RuntimeError(f"a receiver of {signal.name} raises")
+    if what == "kills" and where == signal.name:
+        _kill_once(journal, key)
+
+
+def _kill_once(journal: Journal, key: str) -> None:
+    if not journal.events("killed", key=key):
+        journal.record("killed", key=key, pid=os.getpid())
+        os.kill(os.getpid(), signals_of_the_system.SIGKILL)
+
+
+_take_drain = Coalescer.take_drain
+
+
+def _take_drain_or_die(self: Coalescer, blob: bytes) -> Any:
+    """Die between the record of a drain and its announcement: no signal stands there."""
+    journal, key = journal_of(json.loads(blob)["key"])
+    if key == "kills:take_drain":
+        _kill_once(journal, key)
+    return _take_drain(self, blob)
+
+
+if BROKER_VARIABLE in os.environ:  # in a worker
+    from tests.support.app import app
+
+    define(app)
+    Coalescer.take_drain = _take_drain_or_die  # type: ignore[method-assign]
+    for event in EVENTS:
+        getattr(celery_coalesce.signals, f"coalesce_{event}").connect(_misbehave, weak=False)
