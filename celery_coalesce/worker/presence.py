@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ..records import Lease
 
-__all__ = ["Presence", "PresenceThread", "presence_of"]
+__all__ = ["Presence", "PresenceThread", "is_alive", "presence_of"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -189,7 +189,7 @@ class PresenceThread:
         for ref, (lease, pid) in known.items():
             if ref not in held:
                 self._leases.pop(ref, None)
-            elif pid is not None and pid != os.getpid() and (pid == 0 or not _alive(pid)):
+            elif pid is not None and pid != os.getpid() and (pid == 0 or not is_alive(pid)):
                 if ref in self._dead:
                     self._end_dead(lease)
                 else:
@@ -281,7 +281,8 @@ class PresenceThread:
         end_run(app, coalescer, lease, ending, bus)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Reject, Terminated, TimeLimitExceeded
+from celery.signals import task_received
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
@@ -35,7 +36,7 @@ from ..records import Accepted, Envelope, Known, Lease, RunMeta, Trigger
 from ..signals import EventBus
 from ..states import Answer, Disposition, Outcome
 from ..triggering import accept, report
-from .presence import presence_of
+from .presence import is_alive, presence_of
 
 __all__ = ["CoalescedRequest"]
 
@@ -56,10 +57,12 @@ class CoalescedRequest(Request):
     _asking = False
     #: What Celery would have announced.
     _verdict: tuple[Any, ...] | None = None
+    #: Past the strategy's own question at receipt (celery.worker.strategy.default, 5.5-5.7), on the way to the pool.
+    _received = False
     #: The gate has sent the request on, or away.
     _decided = False
-    #: The gate has kept the message back, beyond the prefetch count.
-    _held = False
+    #: The prefetch count that was raised while the gate keeps the message back.
+    _held_from: Any = None
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
@@ -67,9 +70,13 @@ class CoalescedRequest(Request):
         """Return whether the request must not go to the pool: revoked, or not admitted by its key."""
         if self._decided or self._exempt():
             return bool(super().revoked())
-        if self not in worker_state.reserved_requests:
-            # At receipt. What is to be done with a revoked or expired run is for the record to say, at the gate.
+        if not self._received:
+            # What is to be done with a revoked or expired run is for the record to say, at the gate.
             return False
+        if self not in worker_state.reserved_requests:
+            # The connection that brought it was lost while it was held: the broker brings it again.
+            self._release()
+            return True
         with self._gate() as engine:
             return self._admit(engine)
         return True
@@ -321,18 +328,17 @@ class CoalescedRequest(Request):
         consumer = presence_of(self.app).consumer
         if consumer is None:
             raise CoalesceError("a message came to the gate before the worker's consumer was there")
-        if not self._held:
-            self._held = True
-            consumer.qos.increment_eventually()
+        if self._held_from is None:
+            self._held_from = consumer.qos
+            self._held_from.increment_eventually()
         # The timer's entry keeps the request alive: reserved_requests holds it weakly.
         consumer.timer.call_after(seconds, consumer.on_task_request, (self,))
 
     def _release(self) -> None:
-        if self._held:
-            self._held = False
-            consumer = presence_of(self.app).consumer
-            if consumer is not None:
-                consumer.qos.decrement_eventually()
+        # The count of the connection that brought the message, which may not be today's.
+        if self._held_from is not None:
+            self._held_from.decrement_eventually()
+            self._held_from = None
 
     def _bus(self) -> EventBus:
         enabled = bool(self._eventer and self._eventer.enabled and self.task.send_events)
@@ -427,7 +433,7 @@ class CoalescedRequest(Request):
         """Report once the pool child that ran the body is gone: a hard time limit is announced before the process is killed."""
         pid = self.worker_pid
         consumer = presence_of(self.app).consumer
-        if pid is None or pid == os.getpid() or not _alive(pid) or consumer is None:
+        if pid is None or pid == os.getpid() or not is_alive(pid) or consumer is None:
             report()
             return
         consumer.timer.call_after(DEATH_AGAIN, self._once_dead, (report,))
@@ -448,11 +454,8 @@ class CoalescedRequest(Request):
                 consumer.timer.call_after(GATE_AGAIN, self._report, (report,))
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+@task_received.connect(weak=False, dispatch_uid="celery_coalesce.received")
+def _note_receipt(request: Any = None, **_: Any) -> None:
+    if isinstance(request, CoalescedRequest):
+        request._received = True
+

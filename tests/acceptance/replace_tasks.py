@@ -38,7 +38,7 @@ def replaced_by_itself(self: Task, key: str, value: int = 0, gate: str | None = 
         if gate and not value:
             journal.pass_gate(gate)
         if value < 2:
-            raise self.replace(self.s(key, value + 1))
+            return self.replace(self.s(key, value + 1))
     return value
 
 
@@ -47,7 +47,7 @@ def replaced_by_another(self: Task, key: str, value: Any = None, gate: str | Non
     with recorded(self, key) as journal:
         if gate:
             journal.pass_gate(gate)
-        raise self.replace(self.app.tasks["shared_b"].s(key, value))
+        return self.replace(self.app.tasks["shared_b"].s(key, value))
 
 
 def _plain(self: Task, key: str, value: Any, gate: str | None = None) -> Any:
@@ -61,7 +61,7 @@ def replaced_by_plain(
     with recorded(self, key) as journal:
         if gate:
             journal.pass_gate(gate)
-        raise self.replace(_plain(self, key, value, plain_gate))
+        return self.replace(_plain(self, key, value, plain_gate))
 
 
 def replaced_by_group(self: Task, key: str, value: Any = None, gate: str | None = None) -> Any:
@@ -69,7 +69,7 @@ def replaced_by_group(self: Task, key: str, value: Any = None, gate: str | None 
     with recorded(self, key) as journal:
         if gate:
             journal.pass_gate(gate)
-        raise self.replace(group(_plain(self, key, value), _plain(self, key, value)))
+        return self.replace(group(_plain(self, key, value), _plain(self, key, value)))
 
 
 def replaced_by_chain(self: Task, key: str, value: Any = None, gate: str | None = None) -> Any:
@@ -78,7 +78,7 @@ def replaced_by_chain(self: Task, key: str, value: Any = None, gate: str | None 
         if gate:
             journal.pass_gate(gate)
         last = self.app.tasks["collect"].s(key=f"{key}-last")
-        raise self.replace(chain(_plain(self, key, value), last))
+        return self.replace(chain(_plain(self, key, value), last))
 
 
 def replaced_by_chord(self: Task, key: str, value: Any = None, gate: str | None = None) -> Any:
@@ -87,15 +87,25 @@ def replaced_by_chord(self: Task, key: str, value: Any = None, gate: str | None 
         if gate:
             journal.pass_gate(gate)
         body = self.app.tasks["collect"].s(key=f"{key}-body")
-        raise self.replace(group(_plain(self, key, value), _plain(self, key, value)) | body)
+        return self.replace(group(_plain(self, key, value), _plain(self, key, value)) | body)
 
 
-def replaced_by_failure(self: Task, key: str, error: str = "boom", gate: str | None = None) -> Any:
-    """Be replaced by a task that fails."""
+def replaced_by_failure(self: Task, key: str, kind: str = "task", gate: str | None = None) -> Any:
+    """Be replaced by something that fails."""
     with recorded(self, key) as journal:
         if gate:
             journal.pass_gate(gate)
-        raise self.replace(self.app.tasks["work"].s(f"{key}-plain", error=error))
+        collect = self.app.tasks["collect"].s(key=f"{key}-last")
+        fails, works = self.app.tasks["work"].si(f"{key}-plain", error="boom"), _plain(self, key, 1)
+        by = {
+            "task": fails,
+            "group": group(works, fails),
+            "chain": chain(fails, collect),
+            "chain's end": chain(works, fails),
+            "chord": group(works, fails) | collect,
+            "chord's body": group(works, works) | fails,
+        }
+        return self.replace(by[kind])
 
 
 def ignoring(self: Task, key: str, gate: str | None = None) -> None:

@@ -19,13 +19,14 @@ from celery_coalesce.coalescer import Coalescer
 from tests.support.app import BROKER_VARIABLE
 from tests.support.coalesced import EVENTS
 from tests.support.journal import Journal, journal_of
-from tests.support.tasks import recorded
+from tests.support.tasks import recorded, work
 
 
 def define(app: Celery) -> None:
     """Register the tasks with an app."""
     for name, body in (("ignoring", ignoring), ("replaced", replaced)):
         app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>")(body)
+    app.task(name="replaced_by", bind=True, base=CoalescedTask, coalesce_key="<key>", coalesce_scope="replaced")(work)
     app.task(name="whole", bind=True, base=CoalescedTask)(whole)
 
 
