@@ -16,17 +16,24 @@ local function defined_in(library)
   return names
 end
 
-for file in require("lfs").dir(folder) do
-  if file:match("%.lua$") then
-    local included = {}
-    for line in io.lines(folder .. file) do
-      local library = line:match("^%-%-# include ([%w_]+)$")
-      for _, name in ipairs(library and defined_in(library) or {}) do included[#included + 1] = name end
-    end
-    files[folder .. file] = { read_globals = included }
+local function scripts_in(directory)
+  local paths = {}
+  for file in require("lfs").dir(directory) do
+    if file:match("%.lua$") then paths[#paths + 1] = directory .. file end
   end
+  return paths
 end
 
--- Whoever includes accept has included record before it; neither can know who uses what it defines.
-files[folder .. "lib/*.lua"] = { ignore = { "211" } }
-files[folder .. "lib/accept.lua"] = { read_globals = defined_in("record") }
+for _, path in ipairs(scripts_in(folder)) do
+  local included = {}
+  for line in io.lines(path) do
+    local library = line:match("^%-%-# include ([%w_]+)$")
+    for _, name in ipairs(library and defined_in(library) or {}) do included[#included + 1] = name end
+  end
+  files[path] = { read_globals = included }
+end
+
+-- No library knows who uses what it defines. All but record are included after it.
+for _, path in ipairs(scripts_in(folder .. "lib/")) do
+  files[path] = { ignore = { "211" }, read_globals = path:match("/record%.lua$") and {} or defined_in("record") }
+end

@@ -17,6 +17,7 @@ from .policy import Policy
 from .records import (
     Accepted,
     Cleared,
+    ClearedKey,
     Envelope,
     Finished,
     Followers,
@@ -26,6 +27,7 @@ from .records import (
     MergeWanted,
     Overdue,
     RecordView,
+    RolledBack,
     RunMeta,
     Trigger,
     Woken,
@@ -130,7 +132,6 @@ class Coalescer:
         """
         state = state_id(policy.scope, trigger.key)
         asked: dict[str, Any] = {
-            "nonce": uuid4().hex[:12],
             "task_id": trigger.task_id,
             "task": policy.task,
             "mode": policy.mode.value,
@@ -174,10 +175,13 @@ class Coalescer:
             sent=self._envelopes(state, reply[6]),
         )
 
-    def rollback(self, state: str, run: str, task_id: str) -> tuple[Envelope, ...]:
+    def rollback(self, state: str, run: str, task_id: str) -> RolledBack:
         """Take back a dispatch whose publish failed, unless others have joined the run since."""
         reply = self._record("rollback", state, run, task_id=task_id, again=UNPUBLISHED_AGAIN)
-        return self._envelopes(state, reply[2]) if _text(reply[0]) == Answer.ENDED else ()
+        if _text(reply[0]) != Answer.ENDED:
+            return RolledBack()
+        session = _text(reply[2])
+        return RolledBack(self._envelopes(state, reply[1]), int(session) if session else None, int(reply[3]))
 
     def unpublished(self, envelope: Envelope) -> None:
         """Note that a run's message was not published; it is tried again in 60 seconds."""
@@ -209,6 +213,7 @@ class Coalescer:
             "run": envelope.run,
             "task_id": envelope.task_id,
             "attempt": envelope.attempt,
+            "version": envelope.version,
             "claim": claim,
             "owner": owner,
             "late": late or None,
@@ -240,7 +245,8 @@ class Coalescer:
             expires=None if expires < 0 else expires,
             key=_text(reply[7]),
             scope=_text(reply[8]),
-            args=_blob(reply[9]),
+            mode=_text(reply[9]),
+            args=_blob(reply[10]),
             owner=owner,
             answer=answer.value,
         )
@@ -424,7 +430,7 @@ class Coalescer:
         if answer == Answer.DISPATCHED:
             return Woken(self._envelopes(state, reply[1]), _text(reply[2]))
         if answer == Answer.CLEARED:
-            return Woken(cleared=self._cleared(state, "", [run, *reply[1:]]))
+            return Woken(cleared=self._cleared(state, [run, *reply[1:]]))
         return Woken()
 
     def take_drain(self, blob: bytes) -> RunMeta | None:
@@ -435,19 +441,17 @@ class Coalescer:
 
     # -- the operator ------------------------------------------------------------------------------------------------
 
-    def clear(self, scope: str, key: str, task: str | None = None) -> tuple[list[Cleared], list[Envelope]]:
+    def clear(self, scope: str, key: str, task: str | None = None) -> ClearedKey:
         """Take what has not started out of a key's queue.
 
         Args:
             scope: The key's scope.
             key: The key.
             task: Only this task's runs; ``None`` for all of the scope.
-
-        Returns:
-            The runs whose callers are to be told, and what may go in their place.
         """
         state = state_id(scope, key)
-        cleared: list[Cleared] = []
+        count = 0
+        told_here: list[Cleared] = []
         sent: list[Envelope] = []
         cursor, bound = "0", None
         while True:
@@ -460,10 +464,11 @@ class Coalescer:
             }
             reply = self._call("clear", self.store.names.record(state), state, asked)
             cursor, bound = _text(reply[1]), _text(reply[2])
-            sent += self._envelopes(state, reply[3])
-            cleared += [self._cleared(state, scope, run) for run in (reply[4] if len(reply) > 4 else [])]
+            count += int(reply[3])
+            sent += self._envelopes(state, reply[4])
+            told_here += [self._cleared(state, run) for run in reply[5]]
             if cursor == "0":
-                return cleared, sent
+                return ClearedKey(count, tuple(told_here), tuple(sent))
 
     def show(self, scope: str, key: str) -> RecordView | None:
         """Return a key's record, ``None`` if the key is idle."""
@@ -485,7 +490,9 @@ class Coalescer:
         self, script: str, keys: Sequence[str], state: str, asked: Mapping[str, Any], *blobs: bytes
     ) -> list[Any]:
         given = {name: value for name, value in asked.items() if value is not None}
-        return self.store.call(script, keys, json.dumps({"state": state, **given}), *blobs)
+        # The nonce is the call's own: repeated because its reply was lost, the call is known again.
+        question = {"state": state, "nonce": uuid4().hex[:12], **given}
+        return self.store.call(script, keys, json.dumps(question), *blobs)
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> list[Any]:
         asked = {"run": run, "redispatch": self.timing.redispatch, **asked}
@@ -503,15 +510,16 @@ class Coalescer:
                 task_id=_text(task_id),
                 task=_text(task),
                 attempt=int(attempt),
+                version=int(version),
                 delay=int(delay),
                 args=_blob(args),
                 call=_blob(call),
             )
-            for run, task_id, task, attempt, delay, args, call in replies
+            for run, task_id, task, attempt, version, delay, args, call in replies
         )
 
-    def _cleared(self, state: str, scope: str, run: Sequence[Any]) -> Cleared:
-        run_id, token, task_id, task, call, session = run
+    def _cleared(self, state: str, run: Sequence[Any]) -> Cleared:
+        run_id, token, task_id, task, call, session, triggers, key, scope, received = run
         lease = Lease(
             state=state,
             run=_text(run_id),
@@ -521,9 +529,9 @@ class Coalescer:
             attempt=0,
             session=_text(session),
             index=0,
-            triggers=0,
-            key="",
-            scope=scope,
+            triggers=int(triggers),
+            key=_text(key),
+            scope=_text(scope),
             owner="",
         )
-        return Cleared(lease, _blob(call))
+        return Cleared(lease, _blob(call), _text(received) == "1")

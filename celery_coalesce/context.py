@@ -12,6 +12,7 @@ from celery.exceptions import Ignore
 
 from .errors import LeaseLost, StoreUnavailable
 from .records import Lease, RunMeta
+from .states import Mode
 
 if TYPE_CHECKING:
     from .coalescer import Coalescer
@@ -105,7 +106,7 @@ class Run(InlineRun):
             body: What to run.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            calls_on: Whether callbacks, a chain or a chord follow.
+            calls_on: Whether callbacks, a chain or a chord follow: what they call comes after this run, and is not answered with it.
 
         Raises:
             Ignore: The lease was lost: Celery shall neither store nor call anything.
@@ -126,13 +127,15 @@ class Run(InlineRun):
         return value
 
     def _returned(self, calls_on: bool) -> None:
-        """Ask for the lease where it could have been lost, and say that the body has returned where something follows.
+        """Ask for the lease where it could have been lost, and say that the body has returned where that matters.
 
         A lease lasts as long as the presence that it hangs from, which was renewed when the lease was given: a shorter run can
-        not have lost it.
+        not have lost it. And only a ``skip`` trigger looks at whether a body has returned: one that comes from this run's callbacks, or
+        from a caller that has seen the result of a single flight.
         """
         overdue = time.monotonic() - self.lease.leased_at >= self.coalescer.timing.lease / 1000
-        if self.lost or not (calls_on or overdue):
+        matters = calls_on or self.lease.mode == Mode.SKIP
+        if self.lost or not (matters or overdue):
             if self.lost:
                 raise Ignore("the lease was lost")
             return

@@ -19,17 +19,27 @@ from kombu.utils.encoding import safe_repr
 from . import signals
 from .calls import decode, request_context
 from .dispatch import publish_all
-from .records import Finished, Followers, RunMeta
+from .records import Finished, RunMeta
 from .states import Outcome
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from .coalescer import Coalescer
-    from .records import Lease
+    from .records import Cleared, Lease
     from .signals import EventBus
 
-__all__ = ["Ending", "announce_drain", "announce_end", "end_run", "stored_ending", "tell_caller"]
+__all__ = [
+    "Ending",
+    "announce_drain",
+    "announce_end",
+    "announce_outcome",
+    "end_run",
+    "stored_ending",
+    "tell_caller",
+    "tell_cleared",
+    "tell_follower",
+]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -86,19 +96,19 @@ def end_run(
                 announce_drain(app, coalescer, reply.drain, bus)
             return True
         for blob in reply.blobs:
-            try:
-                follower = decode(app, blob)
-                tell_caller(app, follower["task"], follower["task_id"], follower, ending)
-                if follower.get("received"):
-                    announce_end(bus, follower["task_id"], ending)
-            except Exception:
-                # One caller's broken callback must not keep the key from everybody else.
-                logger.exception(
-                    "A follower of run %s could not be completed",
-                    lease.run,
-                    extra={"action": "follower_failed", "run_id": lease.run},
-                )
+            tell_follower(bus, blob, ending)
             told += 1
+
+
+def tell_follower(bus: EventBus, blob: bytes, ending: Ending) -> None:
+    """Complete one follower. What is wrong with one caller's call must not keep the key from everybody else."""
+    try:
+        follower = decode(bus.app, blob)
+        tell_caller(bus.app, follower["task"], follower["task_id"], follower, ending)
+        if follower.get("received"):
+            announce_end(bus, follower["task_id"], ending)
+    except Exception:
+        logger.exception("A follower could not be completed", extra={"action": "follower_failed"})
 
 
 def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, Any], ending: Ending) -> None:
@@ -111,9 +121,19 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
         ignored = bool(task.ignore_result) if task is not None else False
         context.ignore_result = ignored
     if ending.state == states.SUCCESS:
-        _call_back(app, context, ending.value)
-        backend.mark_as_done(task_id, ending.value, request=context, store_result=not ignored)
-        return
+        try:
+            _call_back(app, context, ending.value)
+        except Exception as error:
+            # As the tracer: a callback that can not be sent fails the call that brought it.
+            logger.exception(
+                "The callbacks of %s could not be sent",
+                task_id,
+                extra={"action": "callbacks_failed", "task_id": task_id},
+            )
+            ending = Ending.failed(error)
+        else:
+            backend.mark_as_done(task_id, ending.value, request=context, store_result=not ignored)
+            return
     store = not ignored or bool(task is not None and task.store_errors_even_if_ignored)
     if ending.state == states.REVOKED:
         backend.mark_as_revoked(task_id, ending.outcome.value, request=context, store_result=store)
@@ -121,6 +141,15 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
     backend.mark_as_failure(
         task_id, ending.error, traceback=ending.traceback, request=context, store_result=store
     )
+
+
+def tell_cleared(app: Celery, coalescer: Coalescer, cleared: Cleared, bus: EventBus) -> None:
+    """Tell the callers of a run that an operator took out of the queue, and forget it."""
+    lease, ending = cleared.lease, Ending(Outcome.REVOKED)
+    tell_caller(app, lease.task, lease.task_id, decode(app, cleared.call) if cleared.call else {}, ending)
+    if cleared.received:
+        announce_end(bus, lease.task_id, ending)
+    end_run(app, coalescer, lease, ending, bus)
 
 
 def _call_back(app: Celery, context: Any, value: Any) -> None:
@@ -169,8 +198,24 @@ def announce_drain(app: Celery, coalescer: Coalescer, blob: bytes, bus: EventBus
         signals.emit(signals.coalesce_drain, app.tasks.get(meta.name), bus, meta)
 
 
+def announce_outcome(app: Celery, lease: Lease, ending: Ending, bus: EventBus) -> None:
+    """Send the signal of a run that did not succeed."""
+    task, meta = app.tasks.get(lease.task), RunMeta.of(lease)
+    if ending.error is not None and ending.state == states.FAILURE:
+        shown = {"exception": repr(ending.error)}
+        signals.emit(signals.coalesce_error, task, bus, meta, shown=shown, exception=ending.error)
+    elif ending.outcome is not Outcome.SUCCEEDED:
+        shown = {"outcome": ending.outcome.value}
+        signals.emit(signals.coalesce_skip, task, bus, meta, shown=shown, outcome=ending.outcome)
+
+
 def announce_end(bus: EventBus, task_id: str, ending: Ending) -> None:
-    """Tell monitors that a message they saw arrive has come to its end."""
+    """Tell monitors that a message they saw arrive has come to its end.
+
+    Only a worker may: an event of the task group makes its sender a worker in the eyes of ``celery.events.state`` and Flower.
+    """
+    if bus.hostname is None:
+        return
     if ending.state == states.SUCCESS:
         bus.send("task-succeeded", uuid=task_id, result=safe_repr(ending.value), runtime=0.0)
     elif ending.state == states.REVOKED:

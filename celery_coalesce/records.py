@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .states import Answer, Disposition, RunState
+from .states import Answer, Disposition, Mode, RunState
 
 __all__ = [
     "Accepted",
     "Cleared",
+    "ClearedKey",
     "Envelope",
     "Finished",
     "Followers",
@@ -20,6 +21,7 @@ __all__ = [
     "MergeWanted",
     "Overdue",
     "RecordView",
+    "RolledBack",
     "RunMeta",
     "Trigger",
     "TriggerMeta",
@@ -57,6 +59,8 @@ class Envelope:
     task_id: str
     task: str
     attempt: int
+    #: Of the arguments: the record's may be newer by the time the run starts.
+    version: int
     #: Milliseconds until the worker may start it.
     delay: int
     args: bytes
@@ -112,6 +116,8 @@ class Lease:
     key: str
     scope: str
     owner: str
+    #: The mode of the trigger that made the run.
+    mode: str = Mode.QUEUE.value
     store: bool = True
     #: ``running``, or how the gate is to end it: ``expired``, ``revoked``.
     answer: str = Answer.RUNNING.value
@@ -177,6 +183,29 @@ class Cleared:
 
     lease: Lease
     call: bytes
+    #: Whether a worker has received a message of the run, so that monitors wait for its end.
+    received: bool = False
+
+
+@dataclass(frozen=True)
+class ClearedKey:
+    """What was taken out of a key's queue."""
+
+    count: int
+    #: The runs whose callers the operator's process tells; those that monitors know are told by a worker.
+    told_here: tuple[Cleared, ...]
+    sent: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """A dispatch that was taken back, or not."""
+
+    #: What may go in its place.
+    sent: tuple[Envelope, ...] = ()
+    #: The session that drained with it, if it had had other runs.
+    drained: int | None = None
+    last_index: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from . import signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
-from .endings import Ending, announce_end, end_run
+from .endings import Ending, announce_end, announce_outcome, end_run
 from .engine import engine_of
 from .errors import StoreUnavailable
 from .records import Lease
@@ -150,15 +150,8 @@ def _complete_ignored(task: Any, run: Run) -> None:
 
 
 def _end(task: Any, run: Run, ending: Ending) -> None:
-    if ending.outcome is Outcome.SKIPPED and not run.handed_on:
-        signals.emit(
-            signals.coalesce_skip,
-            task,
-            run.bus,
-            run.meta,
-            shown={"outcome": ending.outcome.value},
-            outcome=ending.outcome,
-        )
+    if ending.outcome in (Outcome.SKIPPED, Outcome.REVOKED) and run.handed_on is None:
+        announce_outcome(task.app, run.lease, ending, run.bus)
     if not end_run(task.app, run.coalescer, run.lease, ending, run.bus, told=run.handed_on or 0):
         run.lost = True
 

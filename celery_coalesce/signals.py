@@ -64,7 +64,19 @@ class EventBus:
 
     app: Celery
     enabled: bool
+    #: The worker's name; ``None`` in a producer.
     hostname: str | None = None
+
+    @classmethod
+    def of_worker(cls, app: Celery, dispatcher: Any, hostname: str, *, wanted: bool) -> EventBus:
+        """Return a worker's bus.
+
+        Its dispatcher is there without ``-E`` too, for the worker's own heartbeats: task events are on if it sends that group
+        (celery.worker.consumer.events.Events, 5.5-5.7).
+        """
+        groups = getattr(dispatcher, "groups", None)
+        enabled = bool(dispatcher and dispatcher.enabled and (not groups or "task" in groups))
+        return cls(app, enabled and wanted, hostname)
 
     def send(self, kind: str, **fields: Any) -> None:
         """Send an event, if events are on. One that can not be sent is logged: it never stops a run."""

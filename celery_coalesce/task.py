@@ -18,22 +18,22 @@ from . import replacements, signals
 from .calls import HEADER, captured, encode, eta_header, follower_of, is_rpc, moment
 from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all, run_header
-from .endings import Ending, end_run, tell_caller
+from .endings import tell_cleared
 from .engine import engine_of
 from .errors import CoalesceError, OptionError, QueueFull, StoreUnavailable
 from .install import install
 from .keys import state_id
 from .policy import Policy
-from .records import Accepted, Lease, RunMeta, Trigger
+from .records import Accepted, Lease, RolledBack, RunMeta, Trigger
 from .result import CoalescedResult
-from .states import Disposition, Outage, Outcome
+from .states import Disposition, Outage
 from .triggering import accept, report
 
 if TYPE_CHECKING:
     from celery import Celery
     from celery.canvas import Signature
 
-__all__ = ["CoalescedTask", "tell_cleared"]
+__all__ = ["CoalescedTask"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -83,6 +83,9 @@ class CoalescedTask(Task):
     #: What the task declared; ``None`` for Celery's own tasks under ``task_cls=CoalescedTask``.
     coalesce_policy: Policy | None = None
 
+    #: Why the task was refused. Celery registers a task before it is bound: one that was refused must not run as a plain one.
+    coalesce_refused: OptionError | None = None
+
     # -- declaring ---------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -94,20 +97,28 @@ class CoalescedTask(Task):
         """
         bound = super().bind(app)
         if cls.name is not None:
-            options = cls._declared()
-            if cls.name.startswith("celery.") and not options:
-                cls.coalesce_policy = None
-            else:
-                run = inspect.getattr_static(cls, "run")
-                static = isinstance(run, staticmethod)
-                body = run.__func__ if isinstance(run, staticmethod) else run
-                cls.coalesce_policy = Policy.declare(cls.name, body, not static, options)
-            cls._refuse_other_request()
-            if not getattr(cls.__call__, "__coalesce_guard__", False):
-                # A subclass overrides __call__, perhaps without super(): the guard goes around it.
-                cls.__call__ = _guarded(cls.__call__)  # type: ignore[method-assign]
+            try:
+                cls._bind_policy()
+            except OptionError as error:
+                cls.coalesce_refused = error
+                raise
             install(app)
         return bound
+
+    @classmethod
+    def _bind_policy(cls) -> None:
+        options = cls._declared()
+        name = str(cls.name)
+        if name.startswith("celery.") and not options:
+            cls.coalesce_policy = None
+        else:
+            run = inspect.getattr_static(cls, "run")
+            static = isinstance(run, staticmethod)
+            cls.coalesce_policy = Policy.declare(name, run.__func__ if static else run, not static, options)
+        cls._refuse_other_request()
+        if not getattr(cls.__call__, "__coalesce_guard__", False):
+            # A subclass overrides __call__, perhaps without super(): the guard goes around it.
+            cls.__call__ = _guarded(cls.__call__)  # type: ignore[method-assign]
 
     @classmethod
     def _declared(cls) -> dict[str, Any]:
@@ -176,6 +187,8 @@ class CoalescedTask(Task):
 
     def _policy(self) -> Policy:
         self._get_app()
+        if self.coalesce_refused is not None:
+            raise self.coalesce_refused
         if self.coalesce_policy is None:
             raise CoalesceError(f"{self.name} does not coalesce: it is one of Celery's own tasks")
         return self.coalesce_policy
@@ -206,7 +219,7 @@ class CoalescedTask(Task):
             raise Ignore("The lease was lost")
         run.handed_on = len(followers)
         if followers:
-            replacements.complete_with(self._get_app(), sig, followers)
+            replacements.complete_with(run.bus, sig, followers)
         return super().on_replace(sig)
 
     def _takes_over(self, run: Run, sig: Signature) -> bool:
@@ -280,6 +293,8 @@ class CoalescedTask(Task):
             link_error=link_error,
             shadow=shadow,
         )
+        if self.coalesce_refused is not None:
+            raise self.coalesce_refused
         if self.coalesce_policy is None:
             return plain(task_id=task_id, **options)
         policy = self.coalesce_policy.override({n: v for n, v in overrides.items() if n != "coalesce_key"})
@@ -381,7 +396,7 @@ class CoalescedTask(Task):
         """Publish this trigger's own run, or take it back."""
         coalescer = engine_of(app).coalescer
         state = state_id(policy.scope, key)
-        headers = {**(options.get("headers") or {}), HEADER: run_header(state, accepted.run, 0)}
+        headers = {**(options.get("headers") or {}), HEADER: run_header(state, accepted.run)}
         if accepted.delay:
             headers["eta"] = eta_header(accepted.delay)
         # The record holds the times: a broker that drops an expired message in silence would cost a minute.
@@ -407,7 +422,9 @@ class CoalescedTask(Task):
             )
         except BaseException:
             try:
-                publish_all(app, coalescer, coalescer.rollback(state, accepted.run, accepted.task_id))
+                undone = coalescer.rollback(state, accepted.run, accepted.task_id)
+                publish_all(app, coalescer, undone.sent)
+                self._announce_rollback(policy, key, accepted, undone)
             except CoalesceError:
                 logger.warning(
                     "Run %s could be neither published nor taken back; it will be dispatched again",
@@ -415,6 +432,26 @@ class CoalescedTask(Task):
                     extra={"action": "rollback_failed", "run_id": accepted.run},
                 )
             raise
+
+    def _announce_rollback(self, policy: Policy, key: str, accepted: Accepted, undone: RolledBack) -> None:
+        """Announce the drain of a session whose last run was taken back."""
+        if undone.drained is None:
+            return
+        meta = RunMeta(
+            key=key,
+            scope=policy.scope,
+            type="task" if policy.whole_task else "key",
+            name=policy.task,
+            task_id=accepted.task_id,
+            state_id=state_id(policy.scope, key),
+            session_id=undone.drained,
+            run_id=int(accepted.run),
+            run_index=undone.last_index,
+            attempt=0,
+            token=0,
+            triggers=1,
+        )
+        signals.emit(signals.coalesce_drain, self, engine_of(self._get_app()).producer_bus, meta)
 
     def _plain_call(
         self, plain: Callable[..., Any], task_id: str, options: Mapping[str, Any]
@@ -544,18 +581,8 @@ class CoalescedTask(Task):
         if key is None:
             return 0
         engine = engine_of(app)
-        cleared, sent = engine.coalescer.clear(policy.scope, key, str(self.name))
-        publish_all(app, engine.coalescer, sent)
-        for run in cleared:
-            tell_cleared(app, run.lease, run.call)
-        return len(cleared)
-
-
-def tell_cleared(app: Celery, lease: Lease, call: bytes) -> None:
-    """Tell the callers of a cleared run, and forget it."""
-    from .calls import decode
-
-    engine = engine_of(app)
-    ending = Ending(Outcome.REVOKED)
-    tell_caller(app, lease.task, lease.task_id, decode(app, call) if call else {}, ending)
-    end_run(app, engine.coalescer, lease, ending, engine.producer_bus)
+        cleared = engine.coalescer.clear(policy.scope, key, str(self.name))
+        publish_all(app, engine.coalescer, cleared.sent)
+        for run in cleared.told_here:
+            tell_cleared(app, engine.coalescer, run, engine.producer_bus)
+        return cleared.count

@@ -90,7 +90,7 @@ def report(
     if not signals.is_watched(signals.coalesce_trigger, bus):
         return
     unused: Any = None
-    if accepted.disposition is Disposition.SKIPPED or (
+    if accepted.disposition in (Disposition.SKIPPED, Disposition.REJECTED) or (
         accepted.disposition is Disposition.COALESCED and policy.rule is Rule.FIRST
     ):
         unused = arguments

@@ -209,11 +209,20 @@ def _options() -> dict[str, Any]:
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
         "retry_on_error": [RedisConnectionError, RedisTimeoutError],
         "decode_responses": False,
+        # RESP3's greeting fails on a server that is too old, before it can be refused by its version.
+        "protocol": 2,
     }
 
 
 def _from_url(url: str) -> Callable[[], Client]:
     """Return what makes a client from a URL, once the URL has been read."""
+    if url.startswith("sentinel://"):
+        try:
+            return _sentinel(url)
+        except ValueError as error:
+            raise SettingError(
+                "coalesce_redis_url", "...", f"can not be read ({error})", URL_REMEDY
+            ) from None
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - raises for a port that is no number
@@ -225,8 +234,6 @@ def _from_url(url: str) -> Callable[[], Client]:
         options = _options()
         del options["retry_on_error"]
         return lambda: RedisCluster.from_url(plain, **options)
-    if scheme == "sentinel":
-        return _sentinel(url)
     scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(scheme, scheme)
     if scheme not in {"redis", "rediss", "unix"}:
         raise SettingError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -19,12 +20,21 @@ from celery.signals import worker_shutdown
 from .. import signals
 from ..calls import decode
 from ..dispatch import publish_all
-from ..endings import Ending, announce_drain, announce_end, end_run, stored_ending, tell_caller
+from ..endings import (
+    Ending,
+    announce_drain,
+    announce_end,
+    announce_outcome,
+    end_run,
+    stored_ending,
+    tell_caller,
+    tell_cleared,
+)
 from ..engine import engine_of
 from ..errors import CoalesceError, LeaseLost, StoreUnavailable
 from ..records import LostLease, RunMeta
 from ..signals import EventBus
-from ..task import tell_cleared
+from ..states import Outcome
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -76,7 +86,9 @@ class Presence(bootsteps.StartStopStep):
             SettingError: The state server can not be used.
         """
         self.thread.begin()
-        worker_shutdown.connect(self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}")
+        worker_shutdown.connect(
+            self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}"
+        )
 
 
 class PresenceThread:
@@ -170,8 +182,8 @@ class PresenceThread:
 
     def _bus(self) -> EventBus:
         dispatcher = getattr(self.consumer, "event_dispatcher", None)
-        enabled = bool(dispatcher and dispatcher.enabled)
-        return EventBus(self._app, enabled and engine_of(self._app).settings.events, self._worker.hostname)
+        wanted = engine_of(self._app).settings.events
+        return EventBus.of_worker(self._app, dispatcher, self._worker.hostname, wanted=wanted)
 
     # -- leases of this process without a body -------------------------------------------------------------------------
 
@@ -201,6 +213,7 @@ class PresenceThread:
         ending = stored_ending(self._app, lease.task, lease.task_id)
         if ending is None:
             ending = Ending.failed(WorkerLostError("the pool process was lost"))
+            announce_outcome(self._app, lease, ending, self._bus())
         logger.warning(
             "Run %s of %s was held by a process that is gone",
             lease.run,
@@ -221,29 +234,51 @@ class PresenceThread:
             moved = False
             for process in overdue.processes:
                 for ref in coalescer.held(process):
-                    lost = coalescer.lose(ref, process, self.owner)
-                    if lost is not None:
-                        moved = True
-                        self._lost(lost)
+                    moved = self._each(self._lose, ref, process) or moved
                 coalescer.bury(process)
             for ref in overdue.refs:
-                woken = coalescer.wake(ref)
-                moved = moved or bool(woken.sent)
-                publish_all(self._app, coalescer, woken.sent)
-                if woken.reason in ("lost", "unpublished"):
-                    logger.warning(
-                        "Run %s was published again: its message was %s",
-                        ref.split("/")[1],
-                        woken.reason,
-                        extra={"action": "redispatched", "reason": woken.reason, "run_id": ref.split("/")[1]},
-                    )
-                if woken.cleared is not None:
-                    moved = True
-                    tell_cleared(self._app, woken.cleared.lease, woken.cleared.call)
+                moved = self._each(self._wake, ref) or moved
             for blob in overdue.drains:
                 announce_drain(self._app, coalescer, blob, self._bus())
             if not moved:
                 return
+
+    def _each(self, move: Callable[..., bool], *what: str) -> bool:
+        """Move one thing on; whatever is wrong with it must not keep the others."""
+        try:
+            return move(*what)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            logger.exception(
+                "%s could not be moved on", what[0], extra={"action": "sweep_failed", "ref": what[0]}
+            )
+            return False
+
+    def _lose(self, ref: str, process: str) -> bool:
+        lost = engine_of(self._app).coalescer.lose(ref, process, self.owner)
+        if lost is None:
+            return False
+        if not lost.sent:
+            # This process's now: if it can not be ended here and at once, the next beats try again.
+            self.abandoned(lost.lease)
+        self._lost(lost)
+        return True
+
+    def _wake(self, ref: str) -> bool:
+        coalescer = engine_of(self._app).coalescer
+        woken = coalescer.wake(ref)
+        publish_all(self._app, coalescer, woken.sent)
+        if woken.reason in ("lost", "unpublished"):
+            logger.warning(
+                "Run %s was published again: its message was %s",
+                ref.split("/")[1],
+                woken.reason,
+                extra={"action": "redispatched", "reason": woken.reason, "run_id": ref.split("/")[1]},
+            )
+        if woken.cleared is not None:
+            tell_cleared(self._app, coalescer, woken.cleared, self._bus())
+        return bool(woken.sent) or woken.cleared is not None
 
     def _lost(self, lost: LostLease) -> None:
         """Tell of a run whose worker is dead, and end it where Celery would not run it again."""
@@ -274,9 +309,9 @@ class PresenceThread:
             error = LeaseLost(f"the worker of run {lease.run} of {lease.task} was not heard of in time")
             ending = Ending.failed(error)
             tell_caller(app, lease.task, lease.task_id, decode(app, lost.call) if lost.call else {}, ending)
-            signals.emit(
-                signals.coalesce_error, task, bus, meta, shown={"exception": repr(error)}, exception=error
-            )
+            announce_outcome(app, lease, ending, bus)
+        elif ending.outcome is Outcome.REVOKED:
+            announce_outcome(app, lease, ending, bus)
         announce_end(bus, lease.task_id, ending)
         end_run(app, coalescer, lease, ending, bus)
 

@@ -27,12 +27,12 @@ from celery.worker.request import Request
 from .. import signals
 from ..calls import HEADER, decode, encode, follower_of, message_call, moment, without_callbacks
 from ..dispatch import publish_all
-from ..endings import Ending, announce_end, end_run, stored_ending
+from ..endings import Ending, announce_end, announce_outcome, end_run, stored_ending
 from ..engine import Engine, engine_of
 from ..errors import CoalesceError, QueueFull, StoreUnavailable
 from ..keys import state_id
 from ..policy import Policy
-from ..records import Accepted, Envelope, Known, Lease, RunMeta, Trigger
+from ..records import Accepted, Envelope, Known, Lease, Trigger
 from ..signals import EventBus
 from ..states import Answer, Disposition, Outcome
 from ..triggering import accept, report
@@ -106,6 +106,8 @@ class CoalescedRequest(Request):
             self._fail(error)
 
     def _admit(self, engine: Engine) -> bool:
+        if self.task.coalesce_refused is not None:
+            raise self.task.coalesce_refused
         header = self._request_dict.get(HEADER)
         envelope = self._envelope(header) if isinstance(header, dict) else None
         if envelope is not None:
@@ -116,14 +118,17 @@ class CoalescedRequest(Request):
 
     def _envelope(self, header: dict[str, Any]) -> Envelope | None:
         """Return the run that the message names, ``None`` if what it names can be no run."""
-        state, run, attempt = header.get("state"), header.get("run"), header.get("attempt")
-        if not (isinstance(state, str) and isinstance(run, str) and isinstance(attempt, int)):
+        state, run = header.get("state"), header.get("run")
+        attempt, version = header.get("attempt"), header.get("version")
+        if not (isinstance(state, str) and isinstance(run, str)):
+            return None
+        if not (isinstance(attempt, int) and isinstance(version, int)):
             return None
         if not (state.isalnum() and state.isascii() and len(state) <= 64):
             return None
         if not (run.isdigit() and run.isascii() and len(run) <= 20):
             return None
-        return Envelope(state, run, self.id, self._type, attempt, 0, b"", b"")
+        return Envelope(state, run, self.id, self._type, attempt, version, 0, b"", b"")
 
     def _start(self, engine: Engine, envelope: Envelope) -> Answer:
         """Ask for the run's lease, and do what the answer says."""
@@ -200,14 +205,7 @@ class CoalescedRequest(Request):
         ending = Ending(Outcome.EXPIRED if expired else Outcome.REVOKED)
         self._announce()
         bus = self._bus()
-        signals.emit(
-            signals.coalesce_skip,
-            self.task,
-            bus,
-            RunMeta.of(lease),
-            shown={"outcome": ending.outcome.value},
-            outcome=ending.outcome,
-        )
+        announce_outcome(self.app, lease, ending, bus)
         self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
 
     def _admit_as_trigger(self, engine: Engine) -> bool:
@@ -231,7 +229,7 @@ class CoalescedRequest(Request):
             return True
         attempt = accepted.attempt if isinstance(accepted, Known) else 0
         envelope = Envelope(
-            state_id(policy.scope, key), accepted.run, self.id, self._type, attempt, 0, b"", b""
+            state_id(policy.scope, key), accepted.run, self.id, self._type, attempt, 0, 0, b"", b""
         )
         return self._start(engine, envelope) is not Answer.RUNNING
 
@@ -341,8 +339,8 @@ class CoalescedRequest(Request):
             self._held_from = None
 
     def _bus(self) -> EventBus:
-        enabled = bool(self._eventer and self._eventer.enabled and self.task.send_events)
-        return EventBus(self.app, enabled and engine_of(self.app).settings.events, self._hostname)
+        wanted = bool(self.task.send_events) and engine_of(self.app).settings.events
+        return EventBus.of_worker(self.app, self._eventer, self._hostname, wanted=wanted)
 
     # -- the end, as the parent sees it ------------------------------------------------------------------------------
 
@@ -417,11 +415,7 @@ class CoalescedRequest(Request):
         if not engine.coalescer.check(lease):
             # A retry after a lost worker (_retry_worker_lost, celery.worker.request, 5.7) has moved the run on already.
             return
-        if ending.outcome is Outcome.FAILED:
-            shown = {"exception": repr(ending.error)}
-            signals.emit(
-                signals.coalesce_error, self.task, bus, RunMeta.of(lease), shown=shown, exception=ending.error
-            )
+        announce_outcome(self.app, lease, ending, bus)
         end_run(self.app, engine.coalescer, lease, ending, bus)
 
     def _settle(self) -> Lease | None:
@@ -458,4 +452,3 @@ class CoalescedRequest(Request):
 def _note_receipt(request: Any = None, **_: Any) -> None:
     if isinstance(request, CoalescedRequest):
         request._received = True
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from celery import Celery, Task
 from pydantic import BaseModel
 
 from celery_coalesce import CoalescedTask
+from celery_coalesce.errors import LeaseLost
 from tests.support import app as support
 from tests.support.journal import journal_of
 from tests.support.tasks import recorded, work
@@ -41,13 +43,15 @@ def define(app: Celery) -> None:
 
     task(tell)
     task(tell, name="tell_plain", base=Task)
-    task(tell, name="tell_options", compression="gzip", serializer="yaml", expires=60)
+    task(tell, name="tell_options", compression="gzip", expires=60)
     task(beating)
     task(beating, name="beating_late", acks_late=True)
     task(beating, name="beating_rerun", acks_late=True, reject_on_worker_lost=True)
     task(deaf)
+    task(exiting)
     task(order, pydantic=True, coalesce_key="<order.key>")
     task(calling)
+    task(checking)
     task(late_again, acks_late=True, reject_on_worker_lost=True)
     task(work, name="lost_retry", retry_on_worker_lost=True, max_retries=2)
     task(work, name="skip_late", coalesce="skip", acks_late=True)
@@ -86,6 +90,12 @@ def deaf(self: Task, key: str, value: Any = None) -> Any:
     return beating(self, key, value)
 
 
+def exiting(self: Task, key: str) -> None:
+    """End the process from within, as a crash would."""
+    with recorded(self, key):
+        os._exit(3)
+
+
 def order(self: Task, order: Order, gate: str | None = None) -> Order:
     """Take and return a model."""
     with recorded(self, order.key) as journal:
@@ -93,6 +103,20 @@ def order(self: Task, order: Order, gate: str | None = None) -> Order:
         if gate:
             journal.pass_gate(gate)
         return Order(key=order.key, amount=order.amount + 1)
+
+
+def checking(self: Task, key: str, gate: str) -> None:
+    """Ask for the lease before and after a gate."""
+    with recorded(self, key) as journal:
+        for passing in (False, True):
+            if passing:
+                journal.pass_gate(gate)
+            try:
+                self.coalesce.check()
+            except LeaseLost:
+                journal.record("checked", key=key.partition(":")[2], held=False)
+                raise
+            journal.record("checked", key=key.partition(":")[2], held=True)
 
 
 def calling(self: Task, key: str, gate: str | None = None, other: str | None = None) -> Any:

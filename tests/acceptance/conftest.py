@@ -13,6 +13,7 @@ import pytest
 from tests.acceptance import around_tasks, override_tasks, replace_tasks, retry_tasks
 from tests.support.app import HarnessApp
 from tests.support.app import make_app as make_harness_app
+from tests.support.journal import Journal
 from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
 
@@ -40,6 +41,31 @@ def worker(app: HarnessApp) -> Iterator[WorkerProcess]:
     """The shared prefork worker."""
     with WorkerProcess.serving(app, concurrency=4, include=INCLUDE) as worker:
         yield worker
+
+
+@pytest.fixture(scope="session")
+def single_app(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator[HarnessApp]:
+    """The app of the worker that runs one task at a time; it notices a lost message soon."""
+    url = state_server.new_db()
+    with make_harness_app(url, url, {"coalesce_lease": 3, "coalesce_redispatch_after": 2}) as app:
+        yield with_tasks(app)
+
+
+@pytest.fixture(scope="session")
+def single_worker(single_app: HarnessApp) -> Iterator[WorkerProcess]:
+    """The shared worker that runs one task at a time."""
+    with WorkerProcess.serving(single_app, concurrency=1, include=INCLUDE) as worker:
+        yield worker
+
+
+@pytest.fixture
+def busy(
+    single_app: HarnessApp, single_worker: WorkerProcess, journal: Journal
+) -> tuple[HarnessApp, WorkerProcess]:
+    """An app whose only worker waits at the gate "busy": what is sent now is queued, until it opens."""
+    single_app.tasks["work"].delay(journal.key("busy"), gate="busy")
+    journal.wait("start", key="busy", timeout=20)
+    return single_app, single_worker
 
 
 @pytest.fixture

@@ -13,14 +13,19 @@ from tests.support.app import HarnessApp
 from tests.support.journal import Event, Journal
 
 #: The letters of a session's story.
-LETTERS = {"coalesce_start": "s", "coalesce_success": "+", "coalesce_error": "-", "coalesce_drain": "d"}
+LETTERS = {
+    "coalesce_start": "s",
+    "coalesce_success": "+",
+    "coalesce_error": "-",
+    "coalesce_drain": "d",
+}
 
 #: start, (success | error), [start ...], drain.
 SESSION = re.compile(r"(s[+-])+d")
 
 
 def sessions(journal: Journal, key: str = "key") -> dict[int, list[Event]]:
-    """Return the lifecycle events of a key by session, sessions and events in the order in which they came."""
+    """Return the lifecycle events of a key by session, both in the order in which they came."""
     found: dict[int, list[Event]] = {}
     for event in journal.events(key=key):
         if event["event"] in LETTERS:
@@ -30,7 +35,10 @@ def sessions(journal: Journal, key: str = "key") -> dict[int, list[Event]]:
 
 def stories(journal: Journal, key: str = "key") -> list[str]:
     """Return one word per session, of the letters above."""
-    return ["".join(LETTERS[event["event"]] for event in events) for events in sessions(journal, key).values()]
+    return [
+        "".join(LETTERS[event["event"]] for event in events)
+        for events in sessions(journal, key).values()
+    ]
 
 
 def pass_fence(app: HarnessApp, journal: Journal, queue: str | None = None) -> None:

@@ -40,7 +40,7 @@ def process(self: Task, org: str, gate: str | None = None) -> list[str]:
     """Take all that was crawled, and be done with it when the gate opens; return what it was."""
     with recorded(self, org) as journal:
         taken: list[str] = journal.client.lpop(crawled(journal), 100) or []
-        journal.record("took", key=org, repos=taken)
+        journal.record("took", key=org.partition(":")[2], repos=taken)
         if gate:
             journal.pass_gate(gate)
     return taken

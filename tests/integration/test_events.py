@@ -35,6 +35,8 @@ FIELDS = {
     "triggers", "labels", "is_rerun",
 }  # fmt: skip
 
+TRIGGER_FIELDS = {"disposition", "run_task_id", "run_state"}
+
 LIFE = ("coalesce_start", "coalesce_success", "coalesce_error", "coalesce_skip", "coalesce_lost", "coalesce_drain")
 
 
@@ -93,9 +95,11 @@ def order(journal: Journal, key: str = "key") -> list[str]:
 
 def metadata(event: Event) -> dict[str, Any]:
     """Return the metadata of a signal as the journal has it, or of an event of the bus."""
-    found = {name: event[name] for name in FIELDS if name in event}
-    if event.get("key_type"):
-        found["type"] = event["key_type"]
+    found = {name: event[name] for name in FIELDS | TRIGGER_FIELDS if name in event}
+    if "timestamp" in event:  # an event of the bus has a type of its own
+        del found["type"]
+        if "key_type" in event:
+            found["type"] = event["key_type"]
     found["key"] = found["key"].rpartition(":")[2]
     return found
 
@@ -308,7 +312,7 @@ class TestSkips:
         queue.delay(journal.key(), gate="g")
         journal.wait("start")
         pending = queue.delay(journal.key())
-        pending.revoke(reply=True, timeout=5)
+        app.control.revoke(pending.id, reply=True, timeout=5, limit=1)
         journal.open("g")
         journal.wait("coalesce_drain")
 
@@ -410,7 +414,6 @@ class TestDeaths:
         # The next session, which a late second drain would meet.
         queue.delay(journal.key(key), 2)
         journal.wait("coalesce_drain", count=2, key=key)
-        journal.assert_never("coalesce_drain", within=0, count_of=3)
         assert order(journal, key) == ["start", ended, "drain", "start", "success", "drain"]
 
 
@@ -491,8 +494,8 @@ class TestSweep:
         task.apply_async((journal.key(), 7), {"gate": "g"}, queue="victim")
         journal.wait("start")
         victim.kill()
-        journal.open("g")
         journal.wait("coalesce_lost", timeout=20)
+        journal.open("g")
         victim.restart()
         journal.wait("coalesce_drain", timeout=20)
 
@@ -564,7 +567,7 @@ class TestBus:
             monitor.settle()
             assert monitor.events("coalesce-") == monitor.events("task-") == []
 
-            app.control.enable_events(reply=True, timeout=5, destination=[worker.hostname])
+            app.control.enable_events(reply=True, timeout=5, limit=1)
             app.tasks["queue"].delay(journal.key())
             monitor.wait("coalesce-drain")
             kinds = [event["type"] for event in monitor.events("coalesce-")]

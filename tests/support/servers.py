@@ -290,10 +290,12 @@ class ValkeyCluster:
     def _form(self) -> None:
         bounds = [16384 * n // len(self.nodes) for n in range(len(self.nodes) + 1)]
         for n, node in enumerate(self.nodes):
-            others = set(range(len(self.nodes))) - {n}
             with node.client() as client:
                 client.execute_command("CLUSTER ADDSLOTSRANGE", bounds[n], bounds[n + 1] - 1)
-                client.execute_command("CLUSTER SET-CONFIG-EPOCH", n + 1)
+                client.execute_command("CLUSTER SET-CONFIG-EPOCH", n + 1)  # while it knows no other
+        for n, node in enumerate(self.nodes):
+            others = set(range(len(self.nodes))) - {n}
+            with node.client() as client:
                 for other in others:
                     port, bus_port = self.nodes[other].port, self._bus_ports[other]
                     client.execute_command("CLUSTER MEET", HOST, port, bus_port)

@@ -11,9 +11,9 @@ from celery_coalesce.keys import state_id
 
 
 def traces(app: Celery, scope: str, key: str) -> list[str]:
-    """Return everything in the library's namespace that has to do with a key: names, and members of shared names."""
+    """Return the names in the library's namespace, and members of these, that tell of a key."""
     wanted = (state_id(scope, key).encode(), key.encode())
-    url = app.conf.coalesce_redis_url or app.conf.broker_url
+    url = app.conf.get("coalesce_redis_url") or app.conf.broker_url
     found: list[str] = []
     with redis.Redis.from_url(url) as client:
         for name in client.scan_iter(match="*{coalesce}:*"):

@@ -9,6 +9,9 @@
 --# include accept
 
 local function admit()
+  local head = read_head()
+  local again = head and repeated(head)
+  if again then return again end
   local known = redis.call('HGET', rec, 'msg:' .. asked.message)
   local run = known and read_run(known)
   if run then return {'known', run.id, run.task_id, run.attempt} end
@@ -17,12 +20,13 @@ local function admit()
   if expires and tonumber(expires) > now then return {'gone'} end
   local answer = accept()
   if answer[1] == 'merge' or answer[1] == 'rejected' then return answer end
-  if answer[3] == asked.task_id then
-    run = read_run(answer[2])
+  run = read_run(answer[2])
+  run.received = true
+  if run.task_id == asked.task_id then
     run.message = asked.message
-    write_run(run)
     redis.call('HSET', rec, 'msg:' .. asked.message, run.id)
   end
+  write_run(run)
   redis.call('ZREMRANGEBYSCORE', seen, '-inf', whole(now))
   redis.call('ZADD', seen, whole(now + asked.remember), asked.message)
   redis.call('PEXPIRE', seen, whole(asked.remember))

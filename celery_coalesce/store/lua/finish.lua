@@ -13,22 +13,12 @@ local function field(run, number)
   return 'fol:' .. run.box .. ':' .. number
 end
 
-local function still_dispatched(run_ids)
-  local sent = {}
-  for _, run_id in ipairs(run_ids) do
-    local run = read_run(run_id)
-    if run and run.state == 'dispatched' then sent[#sent + 1] = envelope(run) end
-  end
-  return sent
-end
-
 local function finish()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run then
-    local ended = head and head.ended
-    if ended and ended.token == asked.token then return {'ended', '0', still_dispatched(ended.sent)} end
-    return {'lost'}
+    local again = dispatched_by(head, asked.token)
+    return again and {'ended', '0', again} or {'lost'}
   end
   if run.token ~= asked.token then return {'lost'} end
   while run.told < asked.told do
@@ -44,13 +34,11 @@ local function finish()
     write_run(run)
     return slice
   end
-  head.ended = {token = run.token, sent = {}}
   local drained, sent = forget(head, run)
   if drained then
     if asked.watch then redis.call('ZADD', KEYS[6], whole(now + asked.lease), ARGV[2]) end
-  elseif #sent > 0 then
-    for position, letter in ipairs(sent) do head.ended.sent[position] = letter[1] end
-    write_head(head)
+  else
+    note_dispatched(head, asked.token, sent)
   end
   redis.call('SREM', KEYS[5], ref(run))
   return {'ended', drained and '1' or '0', sent}

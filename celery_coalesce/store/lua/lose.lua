@@ -1,7 +1,7 @@
 -- Takes a lease from a process whose presence ran out.
 --
 -- KEYS: record, waiting, meta, timers, presence, held of the dead, held of the sweeper
--- ARGV: asked (JSON: state, run, owner, sweeper, lease, redispatch)
+-- ARGV: asked (JSON: state, nonce, run, owner, sweeper, lease, redispatch)
 -- Returns: dispatched, envelopes to publish, and the lost lease's: token, session, index, attempt, triggers, key, scope, task id, task;
 --          or lost, new token, and the same, call; or alive, grace, gone
 -- Transition: running (late ack) -> dispatched; running -> running under the sweeper, which ends it
@@ -13,12 +13,23 @@ local function lost_lease(head, run)
          run.task_id, run.task
 end
 
+local function lost_to_sweeper(head, run)
+  local lost = {lost_lease(head, run)}
+  lost[#lost + 1] = redis.call('HGET', rec, 'call:' .. run.id) or ''
+  return lost
+end
+
 local function lose()
   local expiry = redis.call('ZSCORE', KEYS[5], asked.owner)
   if expiry and tonumber(expiry) > now then return {'alive'} end
   if tonumber(redis.call('HGET', meta, 'grace') or '0') > now then return {'grace'} end
   local head = read_head()
   local run = head and read_run(asked.run)
+  if run and run.lost_of == asked.owner .. asked.nonce then
+    -- The same call again: its reply was lost, and nobody else will end what it took.
+    if run.state == 'dispatched' then return {'dispatched', {envelope(run)}, unpack(run.lost)} end
+    if run.owner == asked.sweeper then return {'lost', {}, unpack(lost_to_sweeper(head, run))} end
+  end
   if not run or run.state ~= 'running' or run.owner ~= asked.owner then
     redis.call('SREM', KEYS[6], asked.state .. '/' .. asked.run)
     return {'gone'}
@@ -26,20 +37,19 @@ local function lose()
   if run.late and not run.ending then
     local lost = {lost_lease(head, run)}
     run.state, run.token, run.owner, run.claim, run.losses, run.again = 'dispatched', nil, nil, nil, 0, true
-    run.changed = nil
+    run.lost_of, run.lost = asked.owner .. asked.nonce, lost
     set_timer(run, now + asked.redispatch)
     write_run(run)
     redis.call('SREM', KEYS[6], ref(run))
     return {'dispatched', {envelope(run)}, unpack(lost)}
   end
   run.owner, run.token, run.claim, run.returned = asked.sweeper, mint(), nil, true
+  run.lost_of = asked.owner .. asked.nonce
   redis.call('SADD', KEYS[7], ref(run))
   redis.call('ZADD', KEYS[5], whole(now + asked.lease), asked.sweeper)
   write_run(run)
   redis.call('SREM', KEYS[6], ref(run))
-  local lost = {lost_lease(head, run)}
-  lost[#lost + 1] = redis.call('HGET', rec, 'call:' .. run.id) or ''
-  return {'lost', {}, unpack(lost)}
+  return {'lost', {}, unpack(lost_to_sweeper(head, run))}
 end
 
 return lose()

@@ -16,7 +16,8 @@ if not run or run.state ~= 'running' or run.token ~= asked.token then
 end
 run.due = asked.delay and now + asked.delay or asked.due or now
 run.state, run.task, run.attempt, run.retried = 'retrying', asked.task, run.attempt + 1, run.token
-run.token, run.owner, run.claim, run.changed, run.unsent = nil, nil, nil, nil, nil
+run.token, run.owner, run.claim, run.unsent = nil, nil, nil, nil
+run.version = run.version + 1
 redis.call('HSET', rec, 'args:' .. run.id, ARGV[2])
 if ARGV[3] ~= '' then
   redis.call('HSET', rec, 'call:' .. run.id, ARGV[3])

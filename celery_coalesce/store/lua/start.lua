@@ -1,32 +1,30 @@
 -- Gives a run its lease, or says why not.
 --
 -- KEYS: record, waiting, meta, timers, presence, held
--- ARGV: asked (JSON: state, run, task_id, attempt, claim, owner, late, lease, revoked, redispatch)
--- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, changed args
+-- ARGV: asked (JSON: state, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch)
+-- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, mode, changed args
 --          or early, ms; carry, call; or pending, duplicate, gone, unknown
 -- Transition: dispatched | retrying | pending and due -> running
 -- Order: the holder's index before the run, so that a running run is always found from its dead holder.
 --# include record
 
--- Numbers from before this one may have been lost with the store.
-local function known_since()
-  local stored = redis.call('HMGET', meta, 'epoch', 'since', 'server', 'last')
-  local server = server_id()
-  if stored[3] ~= server then
-    redis.call('HSET', meta, 'server', server, 'since', stored[4] or '0')
-    stored[2] = stored[4]
-  end
-  return math.max(tonumber(stored[1] or 'inf') or math.huge, tonumber(stored[2] or '0') or 0)
-end
-
+-- A run that the record does not know has ended, unless its number is from before the store, or a part of it, was lost.
 local function lost_or_ended()
-  return {tonumber(asked.run) < known_since() and 'unknown' or 'gone'}
+  local stored = redis.call('HMGET', meta, 'since', 'server')
+  local since = tonumber(stored[1] or '') or math.huge
+  local server = server_id()
+  if stored[2] ~= server then
+    since = micros()
+    redis.call('HSET', meta, 'server', server, 'since', whole(since))
+  end
+  return {tonumber(asked.run) < since and 'unknown' or 'gone'}
 end
 
 local function leased(head, run)
-  local changed = run.changed and redis.call('HGET', rec, 'args:' .. run.id) or ''
+  -- An older message may have come first: its arguments are not those that were merged since.
+  local changed = run.version ~= asked.version and redis.call('HGET', rec, 'args:' .. run.id) or ''
   return {run.ending or 'running', run.token, head.session, run.index, run.triggers, run.store and '1' or '0',
-          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, changed}
+          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, run.mode, changed}
 end
 
 local function start()
@@ -41,7 +39,7 @@ local function start()
   end
   if run.attempt ~= asked.attempt then return {'duplicate'} end
   if run.due > now then return {'early', run.due - now} end
-  if asked.revoked and run.triggers > 1 and not run.index then
+  if asked.revoked and (run.triggers > 1 or run.joined) and not run.index then
     return {'carry', redis.call('HGET', rec, 'call:' .. run.id) or ''}
   end
   if run.state == 'pending' then

@@ -1,18 +1,23 @@
 -- Moves on a run whose timer is over.
 --
 -- KEYS: record, waiting, meta, timers
--- ARGV: asked (JSON: state, run, redispatch, hourly, lease)
--- Returns: dispatched, envelopes to publish, reason (due, lost, unpublished); cleared, token, task id, task, call, session;
+-- ARGV: asked (JSON: state, nonce, run, redispatch, hourly, lease)
+-- Returns: dispatched, envelopes to publish, reason (due, lost, unpublished); cleared, token, task id, task, call, session, triggers, key,
+--          scope, 1 if received;
 --          or pending, early, gone
 -- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; cleared -> told by another
 -- Order: the timer is moved in the same write as the state, so that two sweeps never wake one run.
 --# include record
+--# include cleared
 
 local function wake()
   local at = redis.call('ZSCORE', timers, asked.state .. '/' .. asked.run)
-  if not at or tonumber(at) > now then return {'early'} end
   local head = read_head()
   local run = head and read_run(asked.run)
+  if not at or tonumber(at) > now then
+    if run and run.woken == asked.nonce then return {'dispatched', {envelope(run)}, 'due'} end
+    return {'early'}
+  end
   if not run or run.state == 'running' then
     redis.call('ZREM', timers, asked.state .. '/' .. asked.run)
     return {'gone'}
@@ -21,7 +26,7 @@ local function wake()
     run.token = mint()
     set_timer(run, now + asked.lease)
     write_run(run)
-    return {'cleared', run.token, run.task_id, run.task, redis.call('HGET', rec, 'call:' .. run.id) or '', head.session}
+    return {'cleared', unpack(cleared_run(head, run))}
   end
   local reason = 'due'
   if run.state == 'pending' then
@@ -41,7 +46,7 @@ local function wake()
     run.losses = run.losses + 1
     set_timer(run, now + math.max(asked.hourly, asked.redispatch))
   end
-  run.unsent, run.unpublished, run.changed = nil, nil, nil
+  run.unsent, run.unpublished, run.woken = nil, nil, asked.nonce
   write_run(run)
   return {'dispatched', {envelope(run)}, reason}
 end

@@ -13,7 +13,15 @@ local function repeated(head)
   for position = 1, #head.recent, 3 do
     if head.recent[position] == asked.nonce then
       local run = read_run(head.recent[position + 2])
-      if run then return reply(head.recent[position + 1], run, math.max(run.due - now, 0)) end
+      if not run then return nil end
+      local delay = -1
+      if head.recent[position + 1] == 'dispatched' then
+        delay = 0
+      elseif head.recent[position + 1] == 'queued' and run.due > now and not run.unsent then
+        delay = run.due - now
+      end
+      local sent = run.pulled == asked.nonce and {envelope(run, math.max(run.due - now, 0))} or {}
+      return reply(head.recent[position + 1], run, delay, {sent = sent})
     end
   end
   return nil
@@ -138,7 +146,6 @@ local function merge(head, run)
     if asked.watch then extra.replaced = redis.call('HGET', rec, 'args:' .. run.id) end
     redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])
     run.version = run.version + 1
-    run.changed = true
   end
   run.triggers = run.triggers + 1
   run.store = run.store or asked.store
@@ -153,7 +160,10 @@ local function merge(head, run)
     run.due = due
     run.unsent = nil
     local delay = place(head, run)
-    if delay >= 0 then extra.sent = {envelope(run, delay)} end
+    if delay >= 0 then
+      extra.sent = {envelope(run, delay)}
+      run.pulled = asked.nonce
+    end
   end
   follow(run)
   write_run(run)
@@ -173,6 +183,7 @@ local function accept()
     local run = flight(head)
     if run then
       if run.state ~= 'running' then run.store = run.store or asked.store end
+      run.joined = true
       follow(run)
       write_run(run)
       remember(head, 'skipped', run)

@@ -27,14 +27,17 @@ local function server_id()
   return type(info) == 'string' and info:match('run_id:(%w+)') or ''
 end
 
--- The next number of the namespace: run ids, session ids and fencing tokens. Starts at the clock, so that numbers grow
--- even if the store was lost.
+-- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers grow
+-- even over a loss of the store, or of a part of it.
 local function mint()
-  local number = redis.call('HINCRBY', meta, 'last', 1)
-  if number == 1 then
-    number = micros()
-    redis.call('HSET', meta, 'last', whole(number), 'epoch', whole(number), 'since', '0', 'server', server_id())
+  local last = redis.call('HGET', meta, 'last')
+  local number = micros()
+  if last then
+    number = math.max(number, tonumber(last) + 1)
+  else
+    redis.call('HSET', meta, 'since', whole(number), 'server', server_id())
   end
+  redis.call('HSET', meta, 'last', whole(number))
   return whole(number)
 end
 
@@ -90,7 +93,6 @@ end
 -- pending -> dispatched. The caller writes head and run, and somebody publishes the envelope.
 local function dispatch(head, run)
   run.state = 'dispatched'
-  run.changed = nil
   head.active[run.id] = run.limit
   set_timer(run, now + asked.redispatch)
 end
@@ -111,7 +113,24 @@ end
 -- What a message for this run is made from.
 local function envelope(run, delay)
   local blobs = redis.call('HMGET', rec, 'args:' .. run.id, 'call:' .. run.id)
-  return {run.id, run.task_id, run.task, run.attempt, delay or 0, blobs[1] or '', blobs[2] or ''}
+  return {run.id, run.task_id, run.task, run.attempt, run.version, delay or 0, blobs[1] or '', blobs[2] or ''}
+end
+
+-- What the call with this nonce dispatched when a run ended, should the call be repeated because its reply was lost.
+local function dispatched_by(head, nonce)
+  if not (head and head.ended and head.ended.nonce == nonce) then return nil end
+  local sent = {}
+  for _, run_id in ipairs(head.ended.sent) do
+    local run = read_run(run_id)
+    if run and run.state == 'dispatched' then sent[#sent + 1] = envelope(run) end
+  end
+  return sent
+end
+
+local function note_dispatched(head, nonce, sent)
+  head.ended = {nonce = nonce, sent = {}}
+  for position, letter in ipairs(sent) do head.ended.sent[position] = letter[1] end
+  write_head(head)
 end
 
 -- Waiting runs into free slots, the oldest first: one that does not fit holds back those behind it.

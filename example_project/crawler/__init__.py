@@ -1,0 +1,1 @@
+"""The app: what git logs say, per organisation."""

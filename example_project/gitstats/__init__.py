@@ -1,0 +1,5 @@
+"""The project. Imports the Celery app, so that ``@shared_task`` finds it wherever Django runs."""
+
+from .celery import app as celery_app
+
+__all__ = ["celery_app"]
