@@ -2,7 +2,7 @@
 std = "lua51"
 read_globals = { "redis", "KEYS", "ARGV", "cjson", "cmsgpack", "struct", "bit" }
 not_globals = { "debug", "dofile", "io", "loadfile", "module", "os", "package", "print", "require" }
-max_line_length = 100
+max_line_length = 120
 
 -- A script is sent with its includes put in: what they define at their top is defined in it.
 local folder = "celery_coalesce/store/lua/"

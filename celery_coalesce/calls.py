@@ -134,9 +134,7 @@ def without_callbacks(call: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name not in CALLBACKS and name != "reply_to"}
 
 
-def follower_of(
-    task: str, task_id: str, call: Mapping[str, Any], *, received: bool = False
-) -> dict[str, Any]:
+def follower_of(task: str, task_id: str, call: Mapping[str, Any], *, received: bool = False) -> dict[str, Any]:
     """Return what completes a call that another call's run covers.
 
     Args:

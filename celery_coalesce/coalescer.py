@@ -261,18 +261,14 @@ class Coalescer:
         """Return the followers of a run that nobody can join any more; ``None`` if the lease was lost."""
         found: list[bytes] = []
         while True:
-            reply = self._record(
-                "check", lease.state, lease.run, token=lease.token, returned=True, after=len(found)
-            )
+            reply = self._record("check", lease.state, lease.run, token=lease.token, returned=True, after=len(found))
             if _text(reply[0]) != Answer.RUNNING:
                 return None
             if len(reply) == 1:
                 return found
             found += reply[1:]
 
-    def finish(
-        self, lease: Lease, *, told: int = 0, drain: RunMeta | None = None
-    ) -> Finished | Followers | None:
+    def finish(self, lease: Lease, *, told: int = 0, drain: RunMeta | None = None) -> Finished | Followers | None:
         """End a run and pass its slot on.
 
         Args:
@@ -486,9 +482,7 @@ class Coalescer:
         names = self.store.names
         return (names.meta, names.presence, names.timers, names.drains)
 
-    def _call(
-        self, script: str, keys: Sequence[str], state: str, asked: Mapping[str, Any], *blobs: bytes
-    ) -> list[Any]:
+    def _call(self, script: str, keys: Sequence[str], state: str, asked: Mapping[str, Any], *blobs: bytes) -> list[Any]:
         given = {name: value for name, value in asked.items() if value is not None}
         # The nonce is the call's own: repeated because its reply was lost, the call is known again.
         question = {"state": state, "nonce": uuid4().hex[:12], **given}

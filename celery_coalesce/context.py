@@ -97,9 +97,7 @@ class Run(InlineRun):
                 f"(token {self.lease.token})"
             )
 
-    def execute(
-        self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool
-    ) -> Any:
+    def execute(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool) -> Any:
         """Run the body, and look at the lease before anything that follows from it.
 
         Args:

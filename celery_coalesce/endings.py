@@ -66,9 +66,7 @@ class Ending:
         return str(states.FAILURE if self.error is not None else states.SUCCESS)
 
 
-def end_run(
-    app: Celery, coalescer: Coalescer, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0
-) -> bool:
+def end_run(app: Celery, coalescer: Coalescer, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0) -> bool:
     """Tell a run's followers, end it, publish what takes its place, and announce the session's drain.
 
     Args:
@@ -138,9 +136,7 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
     if ending.state == states.REVOKED:
         backend.mark_as_revoked(task_id, ending.outcome.value, request=context, store_result=store)
         return
-    backend.mark_as_failure(
-        task_id, ending.error, traceback=ending.traceback, request=context, store_result=store
-    )
+    backend.mark_as_failure(task_id, ending.error, traceback=ending.traceback, request=context, store_result=store)
 
 
 def tell_cleared(app: Celery, coalescer: Coalescer, cleared: Cleared, bus: EventBus) -> None:
@@ -222,6 +218,4 @@ def announce_end(bus: EventBus, task_id: str, ending: Ending) -> None:
         expired = ending.outcome is Outcome.EXPIRED
         bus.send("task-revoked", uuid=task_id, terminated=False, signum=None, expired=expired)
     else:
-        bus.send(
-            "task-failed", uuid=task_id, exception=safe_repr(ending.error), traceback=ending.traceback or ""
-        )
+        bus.send("task-failed", uuid=task_id, exception=safe_repr(ending.error), traceback=ending.traceback or "")

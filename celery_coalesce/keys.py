@@ -119,9 +119,7 @@ class KeyTemplate:
 
     def _field(self, field: str) -> None:
         if not _FIELD.match(field):
-            raise TemplateError(
-                f"has the malformed field {field!r}", "name a parameter, with dots to reach into it"
-            )
+            raise TemplateError(f"has the malformed field {field!r}", "name a parameter, with dots to reach into it")
         name, *path = field.split(".")
         if name not in self._parameters.names and not self._parameters.open_ended:
             known = ", ".join(self._parameters.names) or "none"
@@ -134,9 +132,7 @@ class KeyTemplate:
         Raises:
             InvalidKey: A field has no value, or ``None``.
         """
-        return "".join(
-            part if isinstance(part, str) else self._text(task, part, args, kwargs) for part in self._parts
-        )
+        return "".join(part if isinstance(part, str) else self._text(task, part, args, kwargs) for part in self._parts)
 
     def _text(
         self, task: str, part: tuple[str, tuple[str, ...]], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -148,9 +144,7 @@ class KeyTemplate:
                 value = value[step] if isinstance(value, Mapping) else getattr(value, step)
         except (LookupError, AttributeError, TypeError) as error:
             field = ".".join((name, *path))
-            raise InvalidKey(
-                task, None, f"the call has no value for {field!r} of the key {self.text!r}"
-            ) from error
+            raise InvalidKey(task, None, f"the call has no value for {field!r} of the key {self.text!r}") from error
         if value is None:
             field = ".".join((name, *path))
             raise InvalidKey(

@@ -31,9 +31,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 #: Those that one call may override. A scope and a limit are the task's alone: all runs of a key must agree on them.
-PER_CALL = frozenset(
-    {"coalesce", "coalesce_key", "coalesce_max_queued", "coalesce_overflow", "coalesce_args"}
-)
+PER_CALL = frozenset({"coalesce", "coalesce_key", "coalesce_max_queued", "coalesce_overflow", "coalesce_args"})
 
 Merge = Callable[[dict[str, Any], dict[str, Any]], Mapping[str, Any]]
 WordT = TypeVar("WordT", bound=Enum)
@@ -195,9 +193,7 @@ def _word(task: str, option: str, value: object, words: type[WordT]) -> WordT:
 
 def _count(task: str, option: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000:
-        raise OptionError(
-            task, option, value, "is not a whole number from 1 to 1,000,000", "give such a number"
-        )
+        raise OptionError(task, option, value, "is not a whole number from 1 to 1,000,000", "give such a number")
     return value
 
 
@@ -231,9 +227,7 @@ def _rule(task: str, value: object) -> tuple[Rule, Merge | None]:
     return Rule(value), None
 
 
-def _key_of(
-    task: str, value: object, parameters: Parameters
-) -> KeyTemplate | Callable[..., str | None] | None:
+def _key_of(task: str, value: object, parameters: Parameters) -> KeyTemplate | Callable[..., str | None] | None:
     if value is None:
         return None
     if isinstance(value, str):

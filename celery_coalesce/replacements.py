@@ -30,9 +30,7 @@ def complete(self: Task, value: Any, followers: list[str], monitored: bool) -> N
 
 
 @shared_task(name=FAIL, ignore_result=True)
-def fail(
-    request: Context, error: BaseException, traceback: Any, followers: list[str], monitored: bool
-) -> None:
+def fail(request: Context, error: BaseException, traceback: Any, followers: list[str], monitored: bool) -> None:
     """Complete followers with a replacement's failure. An errback of three arguments, which Celery calls in place."""
     bus = EventBus(current_app._get_current_object(), monitored, request.hostname)
     _tell(bus, followers, Ending.failed(error, str(traceback) if traceback else None))

@@ -206,9 +206,7 @@ def _report(report: Callable[[], None]) -> None:
     try:
         report()
     except StoreUnavailable as error:
-        logger.warning(
-            "The end of a run could not be reported yet: %s", error, extra={"action": "report_delayed"}
-        )
+        logger.warning("The end of a run could not be reported yet: %s", error, extra={"action": "report_delayed"})
         _unreported.append(report)
         threading.Thread(target=_report_later, name="celery-coalesce-reports", daemon=True).start()
 

@@ -87,17 +87,13 @@ def _given(conf: Any) -> set[str]:
 
 def _seconds(setting: str, value: object, least: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 86_400:
-        raise SettingError(
-            setting, value, f"is not a number of seconds from {least} to 86400", "give such a number"
-        )
+        raise SettingError(setting, value, f"is not a number of seconds from {least} to 86400", "give such a number")
     return float(value)
 
 
 def _namespace(value: object) -> str:
     if not isinstance(value, str) or not value or set("{}\0") & set(value):
-        raise SettingError(
-            "coalesce_namespace", value, "is not a name", "give a non-empty string without braces"
-        )
+        raise SettingError("coalesce_namespace", value, "is not a name", "give a non-empty string without braces")
     return value
 
 

@@ -235,9 +235,7 @@ class CoalescedTask(Task):
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> CoalescedResult:  # noqa: N802 - Celery's name
         """Return the result with a task id."""
-        return CoalescedResult(
-            task_id, backend=self.backend, task_name=self.name, app=self._get_app(), **kwargs
-        )
+        return CoalescedResult(task_id, backend=self.backend, task_name=self.name, app=self._get_app(), **kwargs)
 
     def apply_async(
         self,
@@ -278,9 +276,7 @@ class CoalescedTask(Task):
         """
         app = self._get_app()
         overrides = {
-            name: options.pop(name)
-            for name in list(options)
-            if name == "coalesce" or name.startswith("coalesce_")
+            name: options.pop(name) for name in list(options) if name == "coalesce" or name.startswith("coalesce_")
         }
         if self._continues(task_id, args, kwargs, link, link_error, shadow, options):
             return self.AsyncResult(task_id or "")
@@ -453,13 +449,9 @@ class CoalescedTask(Task):
         )
         signals.emit(signals.coalesce_drain, self, engine_of(self._get_app()).producer_bus, meta)
 
-    def _plain_call(
-        self, plain: Callable[..., Any], task_id: str, options: Mapping[str, Any]
-    ) -> CoalescedResult:
+    def _plain_call(self, plain: Callable[..., Any], task_id: str, options: Mapping[str, Any]) -> CoalescedResult:
         given = {
-            name: value
-            for name, value in options.items()
-            if name not in ("producer", "link", "link_error", "shadow")
+            name: value for name, value in options.items() if name not in ("producer", "link", "link_error", "shadow")
         }
         result: CoalescedResult = plain(task_id=task_id, **given)
         return result

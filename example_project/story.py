@@ -145,12 +145,11 @@ def is_over(timeline: Timeline, calls: int) -> bool:
 
 def conclude(timeline: Timeline, calls: int, organisations: list[Organisation]) -> int:
     """Print what came of the calls, and whether it is what was promised; return the exit code."""
-    runs = len(timeline.of("process"))
-    collapsed = f", as {calls - runs} collapsed into a run that had not started yet" if runs < calls else ""
-    print(
-        f"\n{counted(calls, 'crawl')}, up to {timeline.most_at_once('crawl')} at once. "
-        f"Their {counted(calls, 'call')} of process made {counted(runs, 'run')}{collapsed}."
-    )
+    runs = timeline.of("process")
+    collapsed = sum(run.triggers for run in runs) - len(runs)
+    print(f"\n{counted(calls, 'crawl')}, up to {timeline.most_at_once('crawl')} at once.", end=" ")
+    print(f"Their {counted(calls, 'call')} of process made {counted(len(runs), 'run')}", end="")
+    print(f": {collapsed} collapsed into a run that had not started yet." if collapsed else ".")
     objections = {
         "no run failed": "; ".join(timeline.errors()),
         "no two runs of process at once for one organisation": some(

@@ -54,9 +54,7 @@ RETRIES = 2
 
 OLDEST_REDIS = (6, 2)
 
-URL_REMEDY = (
-    "use redis://, rediss://, unix://, sentinel://host:26379/master-name or redis+cluster://host:port"
-)
+URL_REMEDY = "use redis://, rediss://, unix://, sentinel://host:26379/master-name or redis+cluster://host:port"
 
 Client = Any  # redis.Redis or RedisCluster: their common base is private
 
@@ -220,9 +218,7 @@ def _from_url(url: str) -> Callable[[], Client]:
         try:
             return _sentinel(url)
         except ValueError as error:
-            raise SettingError(
-                "coalesce_redis_url", "...", f"can not be read ({error})", URL_REMEDY
-            ) from None
+            raise SettingError("coalesce_redis_url", "...", f"can not be read ({error})", URL_REMEDY) from None
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - raises for a port that is no number
@@ -236,16 +232,12 @@ def _from_url(url: str) -> Callable[[], Client]:
         return lambda: RedisCluster.from_url(plain, **options)
     scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(scheme, scheme)
     if scheme not in {"redis", "rediss", "unix"}:
-        raise SettingError(
-            "coalesce_redis_url", _shown(url), f"has the unknown scheme {scheme!r}", URL_REMEDY
-        )
+        raise SettingError("coalesce_redis_url", _shown(url), f"has the unknown scheme {scheme!r}", URL_REMEDY)
     plain = urlunsplit(parts._replace(scheme=scheme))
     try:
         pool = redis.ConnectionPool.from_url(plain, **_options())
     except ValueError as error:
-        raise SettingError(
-            "coalesce_redis_url", _shown(url), f"can not be read ({error})", URL_REMEDY
-        ) from None
+        raise SettingError("coalesce_redis_url", _shown(url), f"can not be read ({error})", URL_REMEDY) from None
     return lambda: redis.Redis(connection_pool=pool)
 
 
@@ -302,18 +294,27 @@ def _like_backend(app: Celery) -> Client:
     return _own_pool(app.backend.client.connection_pool)
 
 
+#: What of a pool's settings says where the server is and how to be let in; the rest is that pool's own.
+_ADDRESS = frozenset(
+    {"host", "port", "path", "db", "username", "password", "credential_provider", "client_name",
+     "health_check_interval", "socket_keepalive", "socket_keepalive_options"}
+)  # fmt: skip
+
+
 def _own_pool(pool: Any) -> Client:
-    kwargs = {**pool.connection_kwargs, **_options()}
+    kwargs = {
+        name: value
+        for name, value in pool.connection_kwargs.items()
+        if (name in _ADDRESS or name.startswith("ssl_")) and value is not None
+    }
+    kwargs.update(_options())
     manager = getattr(pool, "sentinel_manager", None)
     if manager is not None:
-        # A SentinelConnectionPool made its own connection class, and hands itself to its connections.
-        kwargs.pop("connection_pool", None)
         secure = issubclass(pool.connection_class, redis.SSLConnection)
-        return redis.Redis(
-            connection_pool=redis.sentinel.SentinelConnectionPool(  # type: ignore[no-untyped-call]
-                pool.service_name, manager, ssl=secure, **kwargs
-            )
+        sentinel_pool = redis.sentinel.SentinelConnectionPool(  # type: ignore[no-untyped-call]
+            pool.service_name, manager, ssl=secure, **kwargs
         )
+        return redis.Redis(connection_pool=sentinel_pool)
     if issubclass(pool.connection_class, redis.UnixDomainSocketConnection):
         kwargs.pop("socket_connect_timeout", None)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))

@@ -86,9 +86,7 @@ class Presence(bootsteps.StartStopStep):
             SettingError: The state server can not be used.
         """
         self.thread.begin()
-        worker_shutdown.connect(
-            self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}"
-        )
+        worker_shutdown.connect(self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}")
 
 
 class PresenceThread:
@@ -138,9 +136,7 @@ class PresenceThread:
             # As with a broker that is not there yet: the worker waits for it.
             logger.warning("The state server is away: %s", error, extra={"action": "store_away"})
             wait = AWAY_AGAIN
-        self._thread = threading.Thread(
-            target=self._run, args=(wait,), name="celery-coalesce-presence", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(wait,), name="celery-coalesce-presence", daemon=True)
         self._thread.start()
 
     def end(self, **_: Any) -> None:
@@ -250,9 +246,7 @@ class PresenceThread:
         except StoreUnavailable:
             raise
         except Exception:
-            logger.exception(
-                "%s could not be moved on", what[0], extra={"action": "sweep_failed", "ref": what[0]}
-            )
+            logger.exception("%s could not be moved on", what[0], extra={"action": "sweep_failed", "ref": what[0]})
             return False
 
     def _lose(self, ref: str, process: str) -> bool:
@@ -298,9 +292,7 @@ class PresenceThread:
             },
         )
         meta = RunMeta.of(lease)
-        signals.emit(
-            signals.coalesce_lost, task, bus, meta, shown={"again": bool(lost.sent)}, again=bool(lost.sent)
-        )
+        signals.emit(signals.coalesce_lost, task, bus, meta, shown={"again": bool(lost.sent)}, again=bool(lost.sent))
         if lost.sent:
             publish_all(app, coalescer, lost.sent)
             return

@@ -83,9 +83,7 @@ class CoalescedRequest(Request):
 
     def _exempt(self) -> bool:
         header = self._request_dict.get(HEADER)
-        return self.task.coalesce_policy is None or (
-            isinstance(header, dict) and header.get("exempt") is True
-        )
+        return self.task.coalesce_policy is None or (isinstance(header, dict) and header.get("exempt") is True)
 
     @contextlib.contextmanager
     def _gate(self) -> Iterator[Engine]:
@@ -228,9 +226,7 @@ class CoalescedRequest(Request):
             self._drop(Answer.GONE.value)
             return True
         attempt = accepted.attempt if isinstance(accepted, Known) else 0
-        envelope = Envelope(
-            state_id(policy.scope, key), accepted.run, self.id, self._type, attempt, 0, 0, b"", b""
-        )
+        envelope = Envelope(state_id(policy.scope, key), accepted.run, self.id, self._type, attempt, 0, 0, b"", b"")
         return self._start(engine, envelope) is not Answer.RUNNING
 
     def _fits(self, arguments: tuple[Any, Any]) -> bool:
@@ -241,9 +237,7 @@ class CoalescedRequest(Request):
             return False
         return True
 
-    def _accept(
-        self, engine: Engine, policy: Policy, key: str, arguments: tuple[Any, Any]
-    ) -> Accepted | Known | None:
+    def _accept(self, engine: Engine, policy: Policy, key: str, arguments: tuple[Any, Any]) -> Accepted | Known | None:
         call = message_call({**self._request_dict, **(self._payload[2] or {})})
         serializer = self.task.serializer
         expires = self._request_dict.get("expires")
@@ -400,9 +394,7 @@ class CoalescedRequest(Request):
         bus = self._bus()
         if isinstance(error, Terminated) and self._already_cancelled and self.task.acks_late:
             # The connection was lost, and the broker gives the message back; whether before or after this, nobody knows.
-            self._report(
-                lambda: publish_all(self.app, engine.coalescer, engine.coalescer.requeue(lease) or ())
-            )
+            self._report(lambda: publish_all(self.app, engine.coalescer, engine.coalescer.requeue(lease) or ()))
             return
         if self._already_revoked or isinstance(error, Terminated):
             ending = Ending(Outcome.REVOKED)

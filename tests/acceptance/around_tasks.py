@@ -53,7 +53,7 @@ def define(app: Celery) -> None:
     task(calling)
     task(checking)
     task(late_again, acks_late=True, reject_on_worker_lost=True)
-    task(work, name="lost_retry", retry_on_worker_lost=True, max_retries=2)
+    task(work, name="lost_retry", retry_on_worker_lost=True, max_retries=2, default_retry_delay=0)
     task(work, name="skip_late", coalesce="skip", acks_late=True)
     task(work, name="serialize_late", coalesce="serialize", acks_late=True)
     task(work, name="not_on_failure", acks_late=True, acks_on_failure_or_timeout=False)

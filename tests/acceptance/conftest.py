@@ -59,9 +59,7 @@ def single_worker(single_app: HarnessApp) -> Iterator[WorkerProcess]:
 
 
 @pytest.fixture
-def busy(
-    single_app: HarnessApp, single_worker: WorkerProcess, journal: Journal
-) -> tuple[HarnessApp, WorkerProcess]:
+def busy(single_app: HarnessApp, single_worker: WorkerProcess, journal: Journal) -> tuple[HarnessApp, WorkerProcess]:
     """An app whose only worker waits at the gate "busy": what is sent now is queued, until it opens."""
     single_app.tasks["work"].delay(journal.key("busy"), gate="busy")
     journal.wait("start", key="busy", timeout=20)

@@ -33,9 +33,7 @@ class Hooks(CoalescedTask):
     def on_retry(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         _record("on_retry", self, args[0])
 
-    def after_return(
-        self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
-    ) -> None:
+    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         _record("after_return", self, args[0], status=status)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,9 +50,7 @@ class BrokenHooks(CoalescedTask):
     def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         raise RuntimeError("on_failure")
 
-    def after_return(
-        self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
-    ) -> None:
+    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         raise RuntimeError("after_return")
 
 

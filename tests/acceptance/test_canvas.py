@@ -49,8 +49,7 @@ class TestCallbacks:
         """Whether a call made the run or joined it, its link is called with the run's value."""
         task = app.tasks["queue"]
         results = [
-            task.apply_async((journal.key(), value), link=collect(app, journal, f"link{value}"))
-            for value in range(4)
+            task.apply_async((journal.key(), value), link=collect(app, journal, f"link{value}")) for value in range(4)
         ]
         assert [result.coalesced for result in results] == [False, True, True, True]
         assert len({result.id for result in results}) == 4
@@ -63,9 +62,7 @@ class TestCallbacks:
         assert fired(journal, "link0", "link1", "link2", "link3") == [1] * 4
         assert len(journal.events("start", key="key")) == 2
 
-    def test_several_links_of_one_call_all_fire(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_several_links_of_one_call_all_fire(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """A list of links, with a group among them, fires as a whole."""
         task = app.tasks["queue"]
         task.delay(journal.key(), 1)
@@ -168,9 +165,7 @@ class TestCallbacks:
 
 
 class TestChain:
-    def test_chains_that_meet_on_one_key_all_go_on(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_chains_that_meet_on_one_key_all_go_on(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """Each chain's next step is called once, with the covering run's value."""
         task, multiply = app.tasks["queue"], app.tasks["multiply"]
         results = [
@@ -198,9 +193,7 @@ class TestChain:
         told = result.get(timeout=20)
         assert told == {"told": result.parent.id}
 
-    def test_chain_of_one_key_runs_in_order(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_chain_of_one_key_runs_in_order(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """Steps of the same key follow each other."""
         task = app.tasks["queue"]
         result = chain(task.si(journal.key(), n) for n in range(4)).apply_async()
@@ -238,9 +231,7 @@ class TestChain:
         task, multiply = app.tasks["queue"], app.tasks["multiply"]
         results = [
             (
-                task.si(journal.key(), n)
-                | group(multiply.s(2), multiply.s(3))
-                | collect(app, journal, f"b{n}")
+                task.si(journal.key(), n) | group(multiply.s(2), multiply.s(3)) | collect(app, journal, f"b{n}")
             ).apply_async()
             for n in (4, 5)
         ]
@@ -251,9 +242,7 @@ class TestChain:
 
 
 class TestGroup:
-    def test_every_member_of_a_group_resolves(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_every_member_of_a_group_resolves(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """Members of one key are answered by the run that covers them."""
         result = group(app.tasks["queue"].s(journal.key(), n) for n in range(5)).apply_async()
         journal.open("held")
@@ -262,9 +251,7 @@ class TestGroup:
         drained(journal)
         assert len(journal.events("start", key="key")) == 2
 
-    def test_group_result_can_be_saved_and_restored(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_group_result_can_be_saved_and_restored(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """`GroupResult.save()` and `restore()` keep the ids."""
         saved = group(app.tasks["queue"].s(journal.key(), n) for n in range(2)).apply_async()
         saved.save()
@@ -273,9 +260,7 @@ class TestGroup:
 
         assert restored.get(timeout=20) == [1, 1]
 
-    def test_group_of_failing_calls_all_fail(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_group_of_failing_calls_all_fail(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """Every member gets the failure."""
         result = group(app.tasks["queue"].s(journal.key(), error="boom") for _ in range(3)).apply_async()
         journal.open("held")
@@ -286,9 +271,7 @@ class TestGroup:
 
 
 class TestChord:
-    def test_body_fires_once_with_all_values(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_body_fires_once_with_all_values(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """Duplicates among the members count one each, and run once."""
         task = app.tasks["queue"]
         header = [task.s(journal.key(), 1), task.s(journal.key("other"), 2), task.s(journal.key(), 3)]
@@ -303,9 +286,7 @@ class TestChord:
         assert fired(journal, "body") == [1]
         assert len(journal.events("start", key="key")) == 2
 
-    def test_chords_that_meet_on_one_key_both_fire(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_chords_that_meet_on_one_key_both_fire(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """Two chords with members of the same key."""
         task = app.tasks["queue"]
         results = [
@@ -333,9 +314,7 @@ class TestChord:
 
         assert result.get(timeout=20) == [7, 6, 14]
 
-    def test_failing_run_fails_the_chord_once(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_failing_run_fails_the_chord_once(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """The body's id gets a ChordError, and its errback is called once."""
         task = app.tasks["queue"]
         header = [task.s(journal.key(), error="boom") for _ in range(3)]
@@ -356,9 +335,7 @@ class TestChord:
     ) -> None:
         """A body may coalesce, and be followed."""
         multiply, task = app.tasks["multiply"], app.tasks["queue"]
-        result = (
-            group(multiply.s(1, 2), multiply.s(2, 2)) | task.si(journal.key(), 9) | multiply.s(10)
-        ).apply_async()
+        result = (group(multiply.s(1, 2), multiply.s(2, 2)) | task.si(journal.key(), 9) | multiply.s(10)).apply_async()
 
         assert result.get(timeout=20) == 90
 
@@ -376,26 +353,22 @@ class TestChord:
             journal.wait("end", key=f"body-{name}")
             assert fired(journal, f"body-{name}") == [1]
 
-    def test_nested_chords_and_groups_resolve(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_nested_chords_and_groups_resolve(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """A chord within a chord's header, over one key."""
         task = app.tasks["queue"]
-        inner = chord([task.s(journal.key(), 1), task.s(journal.key(), 2)], app.tasks["collect"].s(key=journal.key("inner")))
+        inner = chord(
+            [task.s(journal.key(), 1), task.s(journal.key(), 2)], app.tasks["collect"].s(key=journal.key("inner"))
+        )
         result = chord([inner, task.s(journal.key(), 3)])(collect(app, journal, "outer"))
         journal.open("held")
 
         assert result.get(timeout=20) == [[3, 3], 3]
         assert fired(journal, "inner", "outer") == [1, 1]
 
-    def test_thousand_duplicates_fire_the_body_once(
-        self, app: HarnessApp, journal: Journal, held: AsyncResult
-    ) -> None:
+    def test_thousand_duplicates_fire_the_body_once(self, app: HarnessApp, journal: Journal, held: AsyncResult) -> None:
         """More followers than one slice of them."""
         task = app.tasks["queue"]
-        result = chord([task.s(journal.key(), n) for n in range(250)])(
-            app.tasks["tell"].si(journal.key("body"))
-        )
+        result = chord([task.s(journal.key(), n) for n in range(250)])(app.tasks["tell"].si(journal.key("body")))
         journal.open("held")
 
         assert result.get(timeout=30) == {"told": result.id}

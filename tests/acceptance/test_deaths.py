@@ -149,9 +149,7 @@ class TestKilledChild:
         assert journal.wait("on_error", timeout=20)["failed"] == joined.id
         assert_idle(app, journal, "skip")
 
-    def test_rejecting_task_runs_again(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_rejecting_task_runs_again(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """`acks_late` with `reject_on_worker_lost`: the same run, before what waits behind it."""
         task = app.tasks["beating_rerun"]
         first = task.delay(journal.key(), 1)
@@ -224,9 +222,7 @@ class TestKilledChild:
         assert_idle(app, journal, "lost_retry")
         assert len(journal.events("start")) == 3
 
-    def test_child_that_exits_by_itself_is_lost(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_child_that_exits_by_itself_is_lost(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """`os._exit` in the body, as a crash in C code would."""
         task = app.tasks["exiting"]
         first = task.delay(journal.key())
@@ -348,9 +344,7 @@ class TestKilledWorker:
         assert result.get(timeout=30) == 1
         assert [each["retries"] for each in journal.events("start")] == [0, 1]
 
-    def test_session_that_died_drains_once(
-        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
-    ) -> None:
+    def test_session_that_died_drains_once(self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
         """The last run's worker dies: its drain comes from the sweep."""
         app = make_app(conf=SHORT)
         first_worker = make_worker(app)

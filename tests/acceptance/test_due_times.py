@@ -28,9 +28,7 @@ def mark(journal: Journal, event: str = "called", key: str = "key") -> None:
 
 
 @pytest.mark.parametrize("how", ["countdown", "eta", "eta with a zone", "eta as text"])
-def test_run_starts_when_it_is_due(
-    how: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_run_starts_when_it_is_due(how: str, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """Not before, and soon after."""
     due = datetime.now(timezone.utc) + timedelta(seconds=1)
     options = {
@@ -55,9 +53,7 @@ def test_due_time_in_the_past_is_now(app: HarnessApp, worker: WorkerProcess, jou
     assert result.get(timeout=20) == 1
 
 
-def test_earlier_trigger_pulls_the_run_forward(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_earlier_trigger_pulls_the_run_forward(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """The earliest due time wins; it is one run, with the latest arguments, for both."""
     task = app.tasks["queue"]
     far = task.apply_async((journal.key(), 1), countdown=3600)
@@ -84,9 +80,7 @@ def test_trigger_without_delay_starts_a_waiting_run_at_once(
     assert len(journal.events("start")) == 1
 
 
-def test_later_trigger_does_not_push_the_run_back(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_later_trigger_does_not_push_the_run_back(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A later due time joins the earlier run."""
     task = app.tasks["queue"]
     mark(journal)
@@ -97,9 +91,7 @@ def test_later_trigger_does_not_push_the_run_back(
     assert waited(journal, "called") < 6
 
 
-def test_waiting_for_a_due_time_holds_no_slot(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_waiting_for_a_due_time_holds_no_slot(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """Other runs of the key go on while one waits for its time."""
     task = app.tasks["serialize"]
     later = task.apply_async((journal.key(), "later"), countdown=1)
@@ -112,9 +104,7 @@ def test_waiting_for_a_due_time_holds_no_slot(
     assert_no_overlap(journal.events())
 
 
-def test_due_run_waits_for_the_one_that_runs(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_due_run_waits_for_the_one_that_runs(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A run that is due while another has the slot is its follow-up."""
     task = app.tasks["queue"]
     running = task.delay(journal.key(), 1, gate="a")
@@ -165,9 +155,7 @@ def test_long_countdown_has_no_message_meanwhile(impatient: HarnessApp, journal:
     assert 2.8 <= waited(journal, "called") < 8
 
 
-def test_long_countdown_is_pulled_forward_and_back_within_reach(
-    impatient: HarnessApp, journal: Journal
-) -> None:
+def test_long_countdown_is_pulled_forward_and_back_within_reach(impatient: HarnessApp, journal: Journal) -> None:
     """Timers and messages give way to each other."""
     task = impatient.tasks["queue"]
     task.apply_async((journal.key(), 1), countdown=3600)
@@ -227,9 +215,7 @@ def test_followers_wait_with_the_run(app: HarnessApp, worker: WorkerProcess, jou
     """Calls that join a run that is not due are completed with it."""
     task = app.tasks["queue"]
     task.apply_async((journal.key(), 1), countdown=1)
-    joined = task.apply_async(
-        (journal.key(), 2), countdown=2, link=app.tasks["collect"].s(key=journal.key("link"))
-    )
+    joined = task.apply_async((journal.key(), 2), countdown=2, link=app.tasks["collect"].s(key=journal.key("link")))
 
     assert joined.get(timeout=20) == 2
     journal.wait("end", key="link", timeout=20)

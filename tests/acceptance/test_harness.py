@@ -40,9 +40,7 @@ def run_one(app: HarnessApp, journal: Journal) -> Any:
 
 
 class TestSharedWorker:
-    def test_records_start_and_end_of_a_task(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_records_start_and_end_of_a_task(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A task's journal tells where it ran, with what, and how it ended."""
         result = app.tasks["work"].delay(journal.key("org:7"), value=3)
 
@@ -71,9 +69,7 @@ class TestSharedWorker:
         self, app: HarnessApp, worker: WorkerProcess, journal: Journal
     ) -> None:
         """The end of every attempt names the exception that ended it."""
-        app.tasks["work"].apply_async(
-            (journal.key("f"),), {"error": "boom"}, link_error=on_error(app, journal)
-        )
+        app.tasks["work"].apply_async((journal.key("f"),), {"error": "boom"}, link_error=on_error(app, journal))
         app.tasks["retrying"].delay(journal.key("r"), times=2)
 
         assert journal.wait("end", key="f")["outcome"] == "RuntimeError"
@@ -155,9 +151,7 @@ class TestOwnWorker:
         journal.wait("end", key="lost")
         assert_no_overlap(journal.events())
 
-    def test_killed_child_is_a_lost_worker(
-        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
-    ) -> None:
+    def test_killed_child_is_a_lost_worker(self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
         """The pid in the journal is that of the pool child."""
         app = make_app()
         make_worker(app)
@@ -336,9 +330,7 @@ class TestCelerySetup:
             pytest.skip("the set-up runs in containers")
 
     @pytest.mark.parametrize("celery_broker_cluster", ["valkey", "redis", "rabbit"], indirect=True)
-    def test_stock_setup_runs_over_local_processes(
-        self, celery_setup: CeleryTestSetup, journal: Journal
-    ) -> None:
+    def test_stock_setup_runs_over_local_processes(self, celery_setup: CeleryTestSetup, journal: Journal) -> None:
         """pytest-celery's set-up is ready by each of its own checks, and runs our tasks."""
         assert celery_setup.ready(ping=True, control=True, docker=True)
         assert run_one(celery_setup.app, journal) == 42
@@ -373,9 +365,7 @@ class TestProxy:
             proxy.heal()
             assert client.ping()
 
-    def test_dropped_reply_means_that_the_server_has_acted(
-        self, state_server: ValkeyServer, journal: Journal
-    ) -> None:
+    def test_dropped_reply_means_that_the_server_has_acted(self, state_server: ValkeyServer, journal: Journal) -> None:
         """The server has run the command whose reply is lost."""
         direct = state_server.client()
         with TCPProxy(state_server.port) as proxy:
@@ -434,9 +424,7 @@ class TestProcesses:
             "server = ValkeyServer().start()\n"
             "print(server.pid, server.directory)\n"
         )
-        output = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=20
-        )
+        output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=20)
         pid, directory = output.stdout.split()
         assert not psutil.pid_exists(int(pid))
         assert not os.path.exists(directory)

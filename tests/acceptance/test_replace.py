@@ -131,9 +131,7 @@ def test_replaced_run_in_a_chain_passes_its_value_on(
     task, collect = app.tasks[name], app.tasks["collect"]
     task.delay(journal.key(), 0, gate="a")
     journal.wait("start")
-    chains = [
-        chain(task.si(journal.key(), 42), collect.s(key=journal.key(f"c{n}"))).apply_async() for n in range(2)
-    ]
+    chains = [chain(task.si(journal.key(), 42), collect.s(key=journal.key(f"c{n}"))).apply_async() for n in range(2)]
     journal.open("a")
 
     assert [result.get(timeout=20) for result in chains] == [KINDS[name]] * 2
@@ -150,9 +148,7 @@ def test_replaced_run_in_a_chord_counts_once(
     task = app.tasks[name]
     task.delay(journal.key(), 0, gate="a")
     journal.wait("start")
-    result = chord([task.si(journal.key(), 42) for _ in range(2)])(
-        app.tasks["collect"].s(key=journal.key("body"))
-    )
+    result = chord([task.si(journal.key(), 42) for _ in range(2)])(app.tasks["collect"].s(key=journal.key("body")))
     journal.open("a")
 
     assert result.get(timeout=20) == [KINDS[name]] * 2
@@ -183,9 +179,7 @@ def test_failure_of_the_replacement_is_every_callers(
     kind: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
 ) -> None:
     """Result, errback and followers get the replacement's exception."""
-    waiting, joined = joined_while_held(
-        app, journal, "replaced_by_failure", kind, **callbacks(app, journal)
-    )
+    waiting, joined = joined_while_held(app, journal, "replaced_by_failure", kind, **callbacks(app, journal))
     journal.open("a")
 
     for result in (waiting, joined):
@@ -215,17 +209,13 @@ def test_ignore_in_a_chord_counts_as_none(app: HarnessApp, worker: WorkerProcess
     task = app.tasks["ignoring"]
     task.delay(journal.key(), gate="a")
     journal.wait("start")
-    result = chord([task.si(journal.key()) for _ in range(2)])(
-        app.tasks["collect"].s(key=journal.key("body"))
-    )
+    result = chord([task.si(journal.key()) for _ in range(2)])(app.tasks["collect"].s(key=journal.key("body")))
     journal.open("a")
 
     assert result.get(timeout=20) == [None, None]
 
 
-def test_ignore_keeps_a_state_that_the_body_stored(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_ignore_keeps_a_state_that_the_body_stored(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """`update_state` and `Ignore`, as Celery documents it, leave the stored state alone."""
     result = app.tasks["ignoring_with_a_state"].delay(journal.key())
 
@@ -233,9 +223,7 @@ def test_ignore_keeps_a_state_that_the_body_stored(
     assert (result.state, result.info) == ("CUSTOM", {"why": "because"})
 
 
-def test_replacement_of_an_eager_run_is_inline(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_replacement_of_an_eager_run_is_inline(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """`.apply()` runs the replacement in place."""
     assert app.tasks["replaced_by_itself"].apply((journal.key(),)).get() == 2
     assert app.tasks["replaced_by_plain"].apply((journal.key(), 42)).get() == 42

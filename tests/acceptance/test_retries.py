@@ -16,9 +16,7 @@ MakeApp = Callable[..., HarnessApp]
 MakeWorker = Callable[..., WorkerProcess]
 
 
-def test_retry_is_the_same_run_with_the_same_id(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_retry_is_the_same_run_with_the_same_id(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """Three attempts have one task id, one run and one session, and a token that grows."""
     result = app.tasks["queue_retry"].delay(journal.key(), times=2, value=42)
 
@@ -113,9 +111,7 @@ def test_waiting_for_a_retry_holds_the_key(app: HarnessApp, worker: WorkerProces
     assert_no_overlap(journal.events())
 
 
-def test_long_backoff_outlives_no_message(
-    make_app: MakeApp, make_worker: MakeWorker, journal: Journal
-) -> None:
+def test_long_backoff_outlives_no_message(make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
     """A retry further ahead than two heartbeats has no message meanwhile, and still comes in time."""
     app = make_app(conf={"coalesce_lease": 1, "coalesce_redispatch_after": 60})
     make_worker(app)
@@ -127,9 +123,7 @@ def test_long_backoff_outlives_no_message(
     assert 2.4 <= start["time"] - end["time"] < 10
 
 
-def test_followers_wait_for_the_last_attempt(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_followers_wait_for_the_last_attempt(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A joined call with its own id is completed once, by the attempt that returns."""
     app.tasks["queue_retry"].delay(journal.key(), times=0, gate="a")
     journal.wait("start")
@@ -158,9 +152,7 @@ def test_retry_may_change_its_arguments(app: HarnessApp, worker: WorkerProcess, 
     assert len({each["coalesce_run_id"] for each in journal.events("start")}) == 1
 
 
-def test_links_fire_once_after_the_last_attempt(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_links_fire_once_after_the_last_attempt(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """`link` and a chain survive a retry; the errback does not fire."""
     collect = app.tasks["collect"]
     result = chain(

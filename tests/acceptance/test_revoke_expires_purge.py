@@ -105,10 +105,7 @@ class TestRevokeQueued:
         """As in Celery, the steps after a revoked one never run; a joined chain does."""
         app, worker = busy
         task, collect = app.tasks["queue"], app.tasks["collect"]
-        chains = [
-            chain(task.si(journal.key(), n), collect.s(key=journal.key(f"c{n}"))).apply_async()
-            for n in range(2)
-        ]
+        chains = [chain(task.si(journal.key(), n), collect.s(key=journal.key(f"c{n}"))).apply_async() for n in range(2)]
         revoke(app, worker, chains[0].parent.id)
         journal.open("busy")
 
@@ -274,9 +271,7 @@ class TestExpires:
         journal.wait("coalesce_drain", key="key", timeout=20)
         assert [each["args"][1] for each in journal.events("start", key="key")] == [2]
 
-    def test_expired_pending_run_never_starts(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_expired_pending_run_never_starts(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A pending run that is too late ends `expired`, with its followers."""
         task = app.tasks["queue"]
         task.delay(journal.key(), 1, gate="a")
@@ -319,9 +314,7 @@ class TestExpires:
         app.tasks["tell_options"].delay(journal.key())
         assert journal.wait("tell", timeout=20)["expires"]
 
-    def test_long_countdown_that_expires_first(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_long_countdown_that_expires_first(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A run that is worthless before it is due ends `expired` when it would be due."""
         result = app.tasks["queue"].apply_async((journal.key(), 1), countdown=0.6, expires=0.2)
 

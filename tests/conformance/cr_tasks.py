@@ -22,9 +22,7 @@ def define(app: Celery) -> None:
     app.task(name="nested", bind=True, base=CoalescedTask, coalesce_key="<key>")(nested)
 
 
-def nested(
-    self: CoalescedTask, key: str, calls: int = 0, mode: str = "queue", value: Any = None
-) -> Any:
+def nested(self: CoalescedTask, key: str, calls: int = 0, mode: str = "queue", value: Any = None) -> Any:
     """Trigger the same key `calls` times from the body; then return `value`."""
     with recorded(self, key) as journal:
         for number in range(calls):
@@ -46,9 +44,7 @@ def record_failure(task_id: str, exception: BaseException, args: Any, **_: Any) 
     """Record Celery's own signal, and that nobody listens to ours."""
     journal, short = journal_of(args[0])
     receivers = len(coalesce_error.receivers or ())
-    journal.record(
-        "task_failure", key=short, failed=task_id, exception=repr(exception), receivers=receivers
-    )
+    journal.record("task_failure", key=short, failed=task_id, exception=repr(exception), receivers=receivers)
 
 
 def set_up() -> None:

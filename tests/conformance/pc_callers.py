@@ -52,9 +52,7 @@ class Callers(Process):
 
     name = "callers"
 
-    def __init__(
-        self, app: HarnessApp, journal: Journal, count: int, function: str, **options: Any
-    ) -> None:
+    def __init__(self, app: HarnessApp, journal: Journal, count: int, function: str, **options: Any) -> None:
         super().__init__()
         self._given = app.given
         self._arguments = [str(count), function, journal.key(), json.dumps(options)]

@@ -35,10 +35,7 @@ def sessions(journal: Journal, key: str = "key") -> dict[int, list[Event]]:
 
 def stories(journal: Journal, key: str = "key") -> list[str]:
     """Return one word per session, of the letters above."""
-    return [
-        "".join(LETTERS[event["event"]] for event in events)
-        for events in sessions(journal, key).values()
-    ]
+    return ["".join(LETTERS[event["event"]] for event in events) for events in sessions(journal, key).values()]
 
 
 def pass_fence(app: HarnessApp, journal: Journal, queue: str | None = None) -> None:

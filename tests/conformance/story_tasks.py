@@ -14,9 +14,7 @@ def define(app: Celery) -> None:
     """Register the tasks with an app."""
     app.task(name="crawl", bind=True, base=CoalescedTask, coalesce_key="<repo>")(crawl)
     app.task(name="process", bind=True, base=CoalescedTask, coalesce_key="<org>")(process)
-    app.task(
-        name="checkout", bind=True, base=CoalescedTask, coalesce_key="<user>", coalesce="serialize"
-    )(checkout)
+    app.task(name="checkout", bind=True, base=CoalescedTask, coalesce_key="<user>", coalesce="serialize")(checkout)
 
 
 # Data that `process` has not taken yet: a list on the journal's server.
@@ -55,6 +53,7 @@ def checkout(self: Task, user: str, amount: int, gate: str | None = None) -> str
     """Take an amount off a balance if there is enough of it: read, wait at the gate, write."""
     with recorded(self, user) as journal:
         before = int(journal.client.get(balance(user)) or 0)
+        journal.record("read", key=user.partition(":")[2], balance=before)
         if gate:
             journal.pass_gate(gate)
         if before < amount:

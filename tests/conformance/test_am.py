@@ -43,11 +43,7 @@ def test_am_1_calls_of_one_key_run_one_after_the_other(
         assert len(journal.events("start")) == n + 1
         journal.open("g")
         assert result.get(timeout=PATIENCE) == n
-    order = [
-        (event["event"], event["task_id"])
-        for event in journal.events()
-        if event["event"] in ("start", "end")
-    ]
+    order = [(event["event"], event["task_id"]) for event in journal.events() if event["event"] in ("start", "end")]
     assert order == [(event, result.id) for result in results for event in ("start", "end")]
     assert_no_overlap(journal.events())
 
@@ -70,15 +66,11 @@ def test_am_2_twenty_calls_end_in_the_order_in_which_they_were_accepted(
     assert_no_overlap(journal.events())
 
 
-def test_am_3_different_keys_run_in_parallel(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_am_3_different_keys_run_in_parallel(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """Each of four keys has a run in progress before any of them ends."""
     serialize = app.tasks["serialize"]
     keys = [f"key{n}" for n in range(4)]
-    results = [
-        serialize.delay(journal.key(key), n, gate="g") for n, key in enumerate(keys) for _ in "ab"
-    ]
+    results = [serialize.delay(journal.key(key), n, gate="g") for n, key in enumerate(keys) for _ in "ab"]
     for key in keys:
         journal.wait("start", key=key, timeout=PATIENCE)
     assert not journal.events("end")
@@ -97,9 +89,7 @@ def test_am_4_every_caller_gets_the_value_of_its_own_run_falsy_or_not(
     answers = [result.get(timeout=PATIENCE) for result in results]
     assert list(map(repr, answers)) == list(map(repr, values))
     journal.wait("coalesce_drain", timeout=PATIENCE)
-    assert [each["task_id"] for each in journal.events("start")] == [
-        result.id for result in results
-    ]
+    assert [each["task_id"] for each in journal.events("start")] == [result.id for result in results]
 
 
 def test_am_5_an_error_reaches_its_caller_alone_and_the_next_still_runs(
@@ -170,9 +160,7 @@ def test_am_8_the_mutex_holds_across_machines_and_processes(
     """Two producers and two workers share nothing but the store, and have one run at a time."""
     app = make_app()
     sides = ("left", "right")
-    workers = [
-        make_worker(app, queues=[side], hostname=f"{side}@{side}", wait=False) for side in sides
-    ]
+    workers = [make_worker(app, queues=[side], hostname=f"{side}@{side}", wait=False) for side in sides]
     for worker in workers:
         worker.wait_ready()
     command = [
@@ -183,8 +171,7 @@ def test_am_8_the_mutex_holds_across_machines_and_processes(
         journal.key(),
     ]
     callers = [
-        subprocess.Popen([*command, side, "1", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for side in sides
+        subprocess.Popen([*command, side, "1", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for side in sides
     ]
     try:
         for n in range(4):
@@ -227,16 +214,16 @@ def test_am_9_two_checkouts_at_once_never_both_deduct(
 
     user, careless = journal.key("user"), journal.key("careless")
     orders = both(user)
-    journal.wait("start", key="user", timeout=PATIENCE)
+    journal.wait("read", key="user", timeout=PATIENCE)
     journal.open("g")
-    journal.wait("start", key="user", count=2, timeout=PATIENCE)
+    journal.wait("read", key="user", count=2, timeout=PATIENCE)
     journal.open("g")
     assert sorted(order.get(timeout=PATIENCE) for order in orders) == ["declined", "paid"]
     assert journal.client.get(story_tasks.balance(user)) == "20"
     assert_no_overlap(journal.events())
 
     orders = both(careless, coalesce_key=None)
-    journal.wait("start", key="careless", count=2, timeout=PATIENCE)
+    journal.wait("read", key="careless", count=2, timeout=PATIENCE)
     journal.open("g", 2)
     assert [order.get(timeout=PATIENCE) for order in orders] == ["paid", "paid"]
     journal.client.delete(story_tasks.balance(user), story_tasks.balance(careless))

@@ -54,9 +54,7 @@ def cr_app(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator
 @pytest.fixture(scope="module")
 def cr_worker(cr_app: HarnessApp) -> Iterator[WorkerProcess]:
     """A worker with the tasks and receivers of `cr_tasks`."""
-    with WorkerProcess.serving(
-        cr_app, concurrency=2, include=["tests.conformance.cr_tasks"]
-    ) as worker:
+    with WorkerProcess.serving(cr_app, concurrency=2, include=["tests.conformance.cr_tasks"]) as worker:
         yield worker
 
 
@@ -104,9 +102,7 @@ def test_cr_1_a_trigger_on_an_idle_key_starts_exactly_one_run(
     queue = app.tasks["queue"]
     ways: dict[str, Callable[[str], Any]] = {
         "delay": lambda key: queue.delay(key, "delay"),
-        "apply_async": lambda key: queue.apply_async(
-            (key,), {"value": "apply_async"}, task_id=f"id-{key}"
-        ),
+        "apply_async": lambda key: queue.apply_async((key,), {"value": "apply_async"}, task_id=f"id-{key}"),
         "signature": lambda key: queue.s(key, value="signature").delay(),
         "countdown": lambda key: queue.apply_async((key, "countdown"), countdown=0.05),
         "send_task": lambda key: app.send_task("queue", (key, "send_task")),
@@ -191,9 +187,7 @@ def test_cr_3_two_runs_of_one_key_never_overlap(
     assert other.stop(SOON) == 0
 
 
-def test_cr_4_the_follow_up_gets_the_latest_arguments(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_cr_4_the_follow_up_gets_the_latest_arguments(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """The follow-up has all arguments of the last trigger, and nothing of earlier ones."""
     queue, key = app.tasks["queue"], journal.key()
     queue.delay(key, 0, gate="a")
@@ -220,9 +214,7 @@ def test_cr_4_the_follow_up_gets_the_latest_arguments(
     assert stories(journal) == ["s+s+s+d"]
 
 
-def test_cr_5_after_an_error_the_follow_up_still_runs(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_cr_5_after_an_error_the_follow_up_still_runs(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A failure is announced and reaches its caller; the pending run then succeeds."""
     queue = app.tasks["queue"]
     failing = queue.delay(journal.key(), gate="a", error="boom")
@@ -241,9 +233,7 @@ def test_cr_5_after_an_error_the_follow_up_still_runs(
     assert_no_overlap(journal.events())
 
 
-def test_cr_6_distinct_keys_do_not_affect_each_other(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_cr_6_distinct_keys_do_not_affect_each_other(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """While a key is held with a follow-up pending, similar ones run, fail and are cleared."""
     queue = app.tasks["queue"]
     held = queue.delay(journal.key("org:1"), "held", gate="a")
@@ -326,9 +316,7 @@ def test_cr_8_drain_fires_once_when_nothing_is_pending(
     assert_no_overlap(journal.events())
 
 
-def test_cr_9_run_index_counts_the_runs_of_a_session(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_cr_9_run_index_counts_the_runs_of_a_session(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """It is 0 on the first run, one more on each follow-up, and 0 again in the next session."""
     for errors in ([None, "boom", None, None], [None, None], ["boom"]):
         make_session(app, journal, errors)
@@ -366,12 +354,7 @@ def test_cr_11_run_id_is_unique_and_the_same_in_all_events_of_a_run(
     app: HarnessApp, worker: WorkerProcess, journal: Journal
 ) -> None:
     """Calls, events, bodies and retries of a run agree on its id; no two runs share one."""
-    results = [
-        result
-        for key in "ab"
-        for _ in range(2)
-        for result in make_session(app, journal, [None, "x"], key=key)
-    ]
+    results = [result for key in "ab" for _ in range(2) for result in make_session(app, journal, [None, "x"], key=key)]
     retried = app.tasks["queue_retry"].delay(journal.key("r"), times=2)
     foreign = app.send_task("queue", (journal.key("f"),))
     for key in "rf":
@@ -380,14 +363,11 @@ def test_cr_11_run_id_is_unique_and_the_same_in_all_events_of_a_run(
     runs = {event["run_id"]: event["task_id"] for event in journal.events("coalesce_start")}
     assert len(runs) == len(set(runs.values())) == 2 * 2 * 2 + 2
     told = [event for event in journal.events() if "run_id" in event]
-    assert {
-        (event["run_id"], event.get("run_task_id", event["task_id"])) for event in told
-    } == runs.items()
+    assert {(event["run_id"], event.get("run_task_id", event["task_id"])) for event in told} == runs.items()
     bodies = journal.events("start")
     assert {(event["coalesce_run_id"], event["task_id"]) for event in bodies} == runs.items()
     assert {(result.run_id, result.id) for result in [*results, retried]} | {
-        (event["run_id"], event["task_id"])
-        for event in journal.events("coalesce_trigger", task_id=foreign.id)
+        (event["run_id"], event["task_id"]) for event in journal.events("coalesce_trigger", task_id=foreign.id)
     } == runs.items()
     attempts = journal.events("coalesce_start", key="r")
     assert [event["attempt"] for event in attempts] == [0, 1, 2]
@@ -427,9 +407,7 @@ def test_cr_12_state_id_is_the_same_for_ever(
     # For ever: these are stored in other people's databases and dashboards.
     for key, known in PINNED.items():
         own.tasks["queue"].apply_async((journal.key("pinned"), key), coalesce_key=key)
-        start = journal.wait(
-            lambda each, key=key: each["event"] == "start" and key in each["args"], timeout=SOON
-        )
+        start = journal.wait(lambda each, key=key: each["event"] == "start" and key in each["args"], timeout=SOON)
         assert start["coalesce_state_id"] == known
 
 
@@ -478,9 +456,7 @@ def test_cr_15_without_an_error_receiver_a_failure_is_as_loud_as_any(
     """Plain and coalesced task fail alike: result, traceback, signal, errback, error log."""
     for name in ("work", "queue"):
         errback = errback_of(cr_app, journal, f"{name} errback")
-        result = cr_app.tasks[name].apply_async(
-            (journal.key(name),), {"error": "boom"}, link_error=errback
-        )
+        result = cr_app.tasks[name].apply_async((journal.key(name),), {"error": "boom"}, link_error=errback)
         with pytest.raises(RuntimeError, match="boom"):
             result.get(timeout=SOON)
         assert result.state == "FAILURE"
@@ -573,9 +549,7 @@ def test_cr_17_clear_key_forgets_the_pending_run_and_never_permits_overlap(
     assert queue.clear_key(key) == 0
 
 
-def test_cr_18_idle_keys_leave_nothing_behind(
-    make_app: MakeApp, make_worker: MakeWorker, journal: Journal
-) -> None:
+def test_cr_18_idle_keys_leave_nothing_behind(make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
     """Once every key has drained, the store holds no more than tombstones that expire."""
     app = make_app()
     worker = make_worker(app)

@@ -42,8 +42,7 @@ def pc_worker(pc_app: HarnessApp) -> Iterator[WorkerProcess]:
 def ten_callers(app: HarnessApp, journal: Journal, **options: Any) -> Iterator[None]:
     """Have five threads and five processes call at once; enter the block when all have called."""
     callers = [
-        threading.Thread(target=call, args=(app, journal, number, options), daemon=True)
-        for number in range(5, 10)
+        threading.Thread(target=call, args=(app, journal, number, options), daemon=True) for number in range(5, 10)
     ]
     with Callers(app, journal, 5, "call", **options) as processes:
         for thread in callers:
@@ -76,9 +75,7 @@ def assert_one_run(app: HarnessApp, journal: Journal, story: str) -> Event:
     return start
 
 
-def test_pc_1_one_caller_gets_its_runs_value(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_pc_1_one_caller_gets_its_runs_value(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """One call makes one run, and returns what that returned, falsy or not."""
     for number, value in enumerate([{"org": 7}, 0, None, "", [], False]):
         result = app.tasks["skip"].delay(journal.key(), value)
@@ -90,9 +87,7 @@ def test_pc_1_one_caller_gets_its_runs_value(
     assert stories(journal) == ["s+d"] * 6
 
 
-def test_pc_2_one_caller_gets_its_runs_exception(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_pc_2_one_caller_gets_its_runs_exception(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """What the body raised is raised from `get()`."""
     result = app.tasks["skip"].delay(journal.key(), error="no such org")
     with pytest.raises(RuntimeError, match=r"^no such org$"):
@@ -148,9 +143,7 @@ def test_pc_5_a_second_wave_runs_once_more(
     assert_no_overlap(journal.events())
 
 
-def test_pc_6_the_leaders_arguments_are_used(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_pc_6_the_leaders_arguments_are_used(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A joiner's own arguments are not looked at, whether it joins a queued or a running run."""
     skip, key = app.tasks["skip"], journal.key()
     leader = skip.apply_async((key, "leader"), {"gate": "a"}, countdown=0.3)
@@ -168,16 +161,11 @@ def test_pc_6_the_leaders_arguments_are_used(
     assert (start["args"], start["kwargs"]) == ([key, "leader"], {"gate": "a"})
 
 
-def test_pc_7_different_keys_run_independently(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_pc_7_different_keys_run_independently(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """Three keys are in flight at the same time, each with its own result or error."""
     skip = app.tasks["skip"]
     errors = {"a": None, "b": "boom", "c": None}
-    leaders = {
-        key: skip.delay(journal.key(key), key, gate=key, error=error)
-        for key, error in errors.items()
-    }
+    leaders = {key: skip.delay(journal.key(key), key, gate=key, error=error) for key, error in errors.items()}
     for key in errors:
         journal.wait("start", key=key, timeout=SOON)
     joiners = {key: skip.delay(journal.key(key)) for key in errors}
@@ -191,9 +179,7 @@ def test_pc_7_different_keys_run_independently(
     assert len(journal.events("start")) == 3
 
 
-def test_pc_8_a_failure_frees_the_key(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_pc_8_a_failure_frees_the_key(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """After a failure the next call is dispatched, with its own arguments and its own outcome."""
     skip = app.tasks["skip"]
     for count, error in enumerate(["boom", "bang", None], 1):

@@ -126,10 +126,7 @@ class Driver:
 
     def policy(self, task: str = "task", **options: Any) -> Policy:
         """Return a task's options."""
-        given = {
-            name if name == "coalesce" else f"coalesce_{name}": value
-            for name, value in options.items()
-        }
+        given = {name if name == "coalesce" else f"coalesce_{name}": value for name, value in options.items()}
         return Policy.declare(task, body, False, {"coalesce_key": "<key>", **given})
 
     def trigger(
@@ -150,9 +147,7 @@ class Driver:
         }
         times = {name: fields.pop(name) for name in TIMES if name in fields}
         fields["times"] = {name: time for name, time in times.items() if time is not None}
-        return self.engine.trigger(
-            self.policy(task, **options), Trigger(key=key, **fields), merging
-        )
+        return self.engine.trigger(self.policy(task, **options), Trigger(key=key, **fields), merging)
 
     def state(self, key: str = "k", scope: str = "task") -> str:
         """Return a key's state id."""
@@ -165,14 +160,10 @@ class Driver:
         envelope = Envelope(state, accepted.run, accepted.task_id, "task", attempt, 0, b"", b"")
         return replace(envelope, **changed)
 
-    def start(
-        self, envelope: Envelope, owner: str = "w/1/a", claim: str = "", **changed: Any
-    ) -> Started:
+    def start(self, envelope: Envelope, owner: str = "w/1/a", claim: str = "", **changed: Any) -> Started:
         """Bring a message to the gate."""
         given = {"late": False, "revoked": False, **changed}
-        return self.engine.start(
-            envelope, owner=owner, claim=claim or f"claim-{next(self._ids)}", **given
-        )
+        return self.engine.start(envelope, owner=owner, claim=claim or f"claim-{next(self._ids)}", **given)
 
     def run(self, accepted: Any, key: str = "k", owner: str = "w/1/a", **changed: Any) -> Lease:
         """Start a trigger's run, which must be startable, and return its lease."""
@@ -219,9 +210,7 @@ class Driver:
         """Return all that is stored, scores and packed values as they are."""
         found: dict[str, Any] = {}
         readers: dict[bytes, Callable[[str], Any]] = {
-            b"hash": lambda name: {
-                f: _unordered(f, v) for f, v in self.client.hgetall(name).items()
-            },
+            b"hash": lambda name: {f: _unordered(f, v) for f, v in self.client.hgetall(name).items()},
             b"zset": lambda name: dict(self.client.zrange(name, 0, -1, withscores=True)),
             b"set": self.client.smembers,
         }

@@ -105,9 +105,7 @@ def metadata(event: Event) -> dict[str, Any]:
 
 
 class TestMetadata:
-    def test_is_equal_in_all_events_of_a_run(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_is_equal_in_all_events_of_a_run(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """Start, body, success and drain tell the same of one run, and every field of it."""
         result = app.tasks["queue"].delay(journal.key(), 1)
         journal.wait("coalesce_drain")
@@ -179,9 +177,7 @@ class TestMetadata:
 
 
 class TestErrors:
-    def test_error_is_followed_by_the_next_run(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_error_is_followed_by_the_next_run(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A failure is told with its exception, is loud, and its session goes on."""
         queue = app.tasks["queue"]
         failing = queue.delay(journal.key(), gate="g", error="broken")
@@ -195,9 +191,7 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="broken"):
             failing.get(timeout=10)
 
-    def test_hard_time_limit_is_one_error(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_hard_time_limit_is_one_error(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """Celery reports it twice, from a process that is being killed; it is told once."""
         app.tasks["queue"].apply_async((journal.key(),), {"gate": "never"}, time_limit=1)
         app.tasks["other"].apply_async((journal.key("other"),), {"gate": "never"}, time_limit=1)
@@ -304,9 +298,7 @@ class TestSkips:
         assert life(journal)[1]["outcome"] == repr_of("skipped")
         assert metadata(life(journal)[0]) == metadata(life(journal)[1])
 
-    def test_revoked_before_its_start_is_a_skip(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_revoked_before_its_start_is_a_skip(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A pending run that is revoked never starts; the session drains after it."""
         queue = app.tasks["queue"]
         queue.delay(journal.key(), gate="g")
@@ -322,9 +314,7 @@ class TestSkips:
         with pytest.raises(TaskRevokedError):
             pending.get(timeout=10)
 
-    def test_expired_before_its_start_is_a_skip(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_expired_before_its_start_is_a_skip(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A pending run that expires never starts."""
         queue = app.tasks["queue"]
         queue.delay(journal.key(), gate="g")
@@ -337,9 +327,7 @@ class TestSkips:
         assert order(journal) == ["start", "success", "skip", "drain"]
         assert life(journal)[2]["outcome"] == repr_of("expired")
 
-    def test_terminated_run_is_a_skip(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_terminated_run_is_a_skip(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A run that is revoked while it runs has one end, `revoked`, and its session drains."""
         result = app.tasks["queue"].delay(journal.key(), gate="never")
         journal.wait("start")
@@ -365,18 +353,14 @@ class TestSkips:
 
         assert order(journal) == ["start", "start", "drain"]
 
-    def test_replaced_by_its_own_key_goes_on(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_replaced_by_its_own_key_goes_on(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A task of the same key takes the run over: the next attempt of one run."""
         app.tasks["replaced"].delay(journal.key(), "replaced_by")
         journal.wait("coalesce_drain")
         assert order(journal) == ["start", "start", "success", "drain"]
         assert len({event["run_id"] for event in life(journal)}) == 1
 
-    def test_cleared_run_drains_its_session(
-        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
-    ) -> None:
+    def test_cleared_run_drains_its_session(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A session that ends by `clear_key` tells so, with the metadata of its key."""
         queue = app.tasks["queue"]
         drains: list[Any] = []
@@ -534,9 +518,7 @@ class TestBus:
                 assert [metadata(e) for e in ours] == [metadata(e) for e in theirs]
             assert {event["hostname"] for event in seen} == {worker.hostname}
 
-    def test_lost_run_is_on_the_bus(
-        self, make_watched: MakeApp, make_worker: MakeWorker, journal: Journal
-    ) -> None:
+    def test_lost_run_is_on_the_bus(self, make_watched: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
         """What the sweep tells comes from the worker that swept."""
         app = make_watched()
         sweeper = make_worker(app, concurrency=1, wait=False)
@@ -594,9 +576,7 @@ class TestBus:
             monitor.assert_healthy(worker.hostname)
 
     @pytest.mark.parametrize("asked", [True, False])
-    def test_producer_sends_triggers_only_if_asked(
-        self, asked: bool, make_watched: MakeApp, journal: Journal
-    ) -> None:
+    def test_producer_sends_triggers_only_if_asked(self, asked: bool, make_watched: MakeApp, journal: Journal) -> None:
         """`task_send_sent_event` is what lets a producer send; no worker appears for it."""
         app = make_watched(task_send_sent_event=asked)
         with Monitor(app) as monitor, triggers_seen() as seen:

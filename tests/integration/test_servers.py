@@ -262,9 +262,7 @@ class Server:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(
-                    target=self._serve, args=self.listener.accept()[:1], daemon=True
-                ).start()
+                threading.Thread(target=self._serve, args=self.listener.accept()[:1], daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         with (
@@ -296,9 +294,7 @@ class TestWhatCanNotBeUsed:
         """An unreachable server: at once, as a dead broker, without its password."""
         port = free_port()
         app = make_app(conf={"coalesce_redis_url": f"redis://:{QUOTED}@{HOST}:{port}/0"})
-        with pytest.raises(
-            StoreUnavailable, match=rf"redis://:\*\*@{HOST}:{port}/0 can not be reached"
-        ) as raised:
+        with pytest.raises(StoreUnavailable, match=rf"redis://:\*\*@{HOST}:{port}/0 can not be reached") as raised:
             call(app)
         assert isinstance(raised.value, OperationalError)
         assert_no_password(raised.value)
@@ -322,9 +318,7 @@ class TestWhatCanNotBeUsed:
             elif where == "backend":
                 app = make_app(rabbit.url, url)
             elif where == "unix":
-                app = make_app(
-                    conf={"coalesce_redis_url": f"unix://:{QUOTED}@{server.unix_socket}?db=1"}
-                )
+                app = make_app(conf={"coalesce_redis_url": f"unix://:{QUOTED}@{server.unix_socket}?db=1"})
             else:
                 url = f"sentinel://:{QUOTED}@{HOST}:{server.port}/primary"
                 app = make_app(conf={"coalesce_redis_url": url})
@@ -348,20 +342,14 @@ class TestWhatCanNotBeUsed:
             assert f"is a Redis {version}" in str(raised.value)
             assert "use Redis 6.2 or newer, or Valkey" in str(raised.value)
 
-    @pytest.mark.parametrize(
-        "policy", ["allkeys-lru", "allkeys-random", "volatile-lru", "noeviction"]
-    )
-    def test_a_server_that_evicts(
-        self, make_app: MakeApp, policy: str, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    @pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-lru", "noeviction"])
+    def test_a_server_that_evicts(self, make_app: MakeApp, policy: str, caplog: pytest.LogCaptureFixture) -> None:
         """A warning, once per process, where runs could be forgotten."""
         with ValkeyServer(maxmemory_policy=policy) as server:
             app = make_app(conf={"coalesce_redis_url": server.url()})
             call(app)
             call(app)
-        records = [
-            each for each in caplog.records if getattr(each, "action", "") == "evicting_server"
-        ]
+        records = [each for each in caplog.records if getattr(each, "action", "") == "evicting_server"]
         assert len(records) == policy.startswith("allkeys")
         if records:
             message = records[0].getMessage()
@@ -375,9 +363,7 @@ class TestWhatCanNotBeUsed:
             with pytest.raises(SettingError, match=r"is a Cluster node; write redis\+cluster://"):
                 call(app)
 
-    def test_a_cluster_url_of_a_plain_server(
-        self, make_app: MakeApp, state_server: ValkeyServer
-    ) -> None:
+    def test_a_cluster_url_of_a_plain_server(self, make_app: MakeApp, state_server: ValkeyServer) -> None:
         """`redis+cluster://` where `redis://` is meant."""
         url = state_server.url().replace("redis://", "redis+cluster://")
         app = make_app(conf={"coalesce_redis_url": url})
@@ -387,15 +373,11 @@ class TestWhatCanNotBeUsed:
     def test_no_redis_anywhere(self, make_app: MakeApp) -> None:
         """Neither URL nor broker nor backend: refused at the call, with the remedy."""
         app = make_app("memory://", "cache+memory://")
-        with pytest.raises(
-            SettingError, match="set coalesce_redis_url to a Redis or Valkey server"
-        ) as raised:
+        with pytest.raises(SettingError, match="set coalesce_redis_url to a Redis or Valkey server") as raised:
             call(app)
         assert raised.value.setting == "coalesce_redis_url"
 
-    def test_a_worker_without_redis_does_not_start(
-        self, make_app: MakeApp, make_worker: MakeWorker
-    ) -> None:
+    def test_a_worker_without_redis_does_not_start(self, make_app: MakeApp, make_worker: MakeWorker) -> None:
         """It says why."""
         app = make_app("memory://", "cache+memory://")
         worker = make_worker(app, wait=False, pool="solo")

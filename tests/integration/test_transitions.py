@@ -340,17 +340,13 @@ class TestDelays:
         accepted = drive.trigger(1, given={"due": int(drive.clock()) + 9_000})
         assert near(accepted.delay, 9_000)
 
-    def test_a_run_that_is_due_while_the_slot_is_taken_waits_in_its_place(
-        self, drive: Driver
-    ) -> None:
+    def test_a_run_that_is_due_while_the_slot_is_taken_waits_in_its_place(self, drive: Driver) -> None:
         """pending and due -> waiting, by acceptance, and its message is let go."""
         first = drive.trigger(0, coalesce="serialize")
         delayed = drive.trigger(1, coalesce="serialize", given={"delay": 60})
         second = drive.trigger(2, coalesce="serialize")
         lease = drive.run(first)
-        started = wait_until(
-            lambda: (s := drive.start(drive.envelope(delayed))).answer is not Answer.EARLY and s
-        )
+        started = wait_until(lambda: (s := drive.start(drive.envelope(delayed))).answer is not Answer.EARLY and s)
         assert started.answer is Answer.PENDING
         assert drive.timer(delayed.run) is None
         assert drive.waiting() == [delayed.run, second.run]
@@ -359,9 +355,7 @@ class TestDelays:
     def test_a_due_run_starts_where_its_slot_is_free(self, drive: Driver) -> None:
         """pending and due -> running."""
         delayed = drive.trigger(1, given={"delay": 60})
-        started = wait_until(
-            lambda: (s := drive.start(drive.envelope(delayed))).answer is not Answer.EARLY and s
-        )
+        started = wait_until(lambda: (s := drive.start(drive.envelope(delayed))).answer is not Answer.EARLY and s)
         assert started.answer is Answer.RUNNING
         drive.finish(started.lease)
         assert drive.shown() == {}
@@ -554,9 +548,7 @@ class TestFinish:
         assert drive.engine.take_drain(ended.drain) is None
         assert not drive.engine.overdue().drains
 
-    def test_a_lost_reply_to_the_last_finish_is_no_lost_lease(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_a_lost_reply_to_the_last_finish_is_no_lost_lease(self, make_driver: MakeDriver) -> None:
         """The drain is put aside once, and found by the sweep if its reply never came."""
         drive = make_driver()
         lease = drive.run(drive.trigger(1))
@@ -931,9 +923,7 @@ class TestPresence:
         assert int(again.token) > int(lease.token)
         assert again.index == lease.index
 
-    def test_the_brokers_redelivery_after_a_death_has_the_merged_arguments(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_the_brokers_redelivery_after_a_death_has_the_merged_arguments(self, make_driver: MakeDriver) -> None:
         """The old message may come before the new one, and is older than what was merged into its run."""
         drive = make_driver()
         accepted = drive.trigger(1)
@@ -945,9 +935,7 @@ class TestPresence:
         again = drive.run(accepted, owner="w/2/b", late=True)
         assert json.loads(again.args) == 2
 
-    def test_an_expired_run_of_a_dead_worker_is_ended_not_run(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_an_expired_run_of_a_dead_worker_is_ended_not_run(self, make_driver: MakeDriver) -> None:
         """Leased to be ended as expired: late ack does not bring it back."""
         drive = make_driver()
         accepted = drive.trigger(1, given={"expires": int(drive.clock()) - 1})
@@ -958,9 +946,7 @@ class TestPresence:
         assert lost is not None
         assert lost.sent == ()
 
-    def test_nothing_is_lost_in_the_first_lease_after_an_outage(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_nothing_is_lost_in_the_first_lease_after_an_outage(self, make_driver: MakeDriver) -> None:
         """A heartbeat that finds the last beat long ago gives everybody the time to say that it lives."""
         drive = make_driver()
         drive.engine.heartbeat("w/2/b")
@@ -994,9 +980,7 @@ class TestPresence:
         assert drive.engine.lose(lease.ref, "w/1/a", "w/2/b") is None
         assert drive.engine.check(lease)
 
-    def test_a_lost_lease_is_the_sweepers_though_its_reply_was_lost(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_a_lost_lease_is_the_sweepers_though_its_reply_was_lost(self, make_driver: MakeDriver) -> None:
         """Sent again by the client, the same question gets the lease that nobody else could end."""
         drive = make_driver()
         lease = drive.run(drive.trigger(1))
@@ -1005,9 +989,7 @@ class TestPresence:
         assert lost is not None
         assert drive.store.replay()[0] == b"lost"
 
-    def test_a_lost_late_run_is_dispatched_though_the_reply_was_lost(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_a_lost_late_run_is_dispatched_though_the_reply_was_lost(self, make_driver: MakeDriver) -> None:
         """Sent again by the client, the same question gets the same envelope."""
         drive = make_driver()
         lease = drive.run(drive.trigger(1), late=True)
@@ -1017,9 +999,7 @@ class TestPresence:
 
 
 class TestClear:
-    def test_what_waits_is_cleared_and_a_run_in_progress_keeps_its_slot(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_what_waits_is_cleared_and_a_run_in_progress_keeps_its_slot(self, make_driver: MakeDriver) -> None:
         """pending -> cleared -> told -> (gone); clearing never permits overlap."""
         drive = make_driver()
         lease = drive.run(drive.trigger(1))
@@ -1037,9 +1017,7 @@ class TestClear:
         drive.finish(cleared[0].lease)
         assert values(drive.finish(lease).sent) == [3]
 
-    def test_a_cleared_dispatch_frees_its_slot_and_its_message_is_gone(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_a_cleared_dispatch_frees_its_slot_and_its_message_is_gone(self, make_driver: MakeDriver) -> None:
         """dispatched -> cleared: whoever gets its message lets it go."""
         drive = make_driver()
         accepted = drive.trigger(1)
@@ -1060,9 +1038,7 @@ class TestClear:
         meta = RunMeta.of(cleared[0].lease)
         assert (meta.key, meta.scope, meta.name) == ("k", "task", "task")
 
-    def test_whoever_dies_while_clearing_is_followed_by_the_sweep(
-        self, make_driver: MakeDriver
-    ) -> None:
+    def test_whoever_dies_while_clearing_is_followed_by_the_sweep(self, make_driver: MakeDriver) -> None:
         """cleared -> told by another, who has a newer token."""
         drive = make_driver()
         accepted = drive.trigger(1)

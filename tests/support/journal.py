@@ -71,9 +71,7 @@ class Journal:
         found = self._follow(event, match, 1, within)
         assert not found, f"unexpected: {found[0]}"
 
-    def _follow(
-        self, event: str | Callable[[Event], Any], match: Event, count: int, timeout: float
-    ) -> list[Event]:
+    def _follow(self, event: str | Callable[[Event], Any], match: Event, count: int, timeout: float) -> list[Event]:
         deadline = time.monotonic() + timeout
         found: list[Event] = []
         last = "0-0"

@@ -259,9 +259,7 @@ def _close_all(owner: int = os.getpid()) -> None:
             process.close()
 
 
-def wait_until(
-    condition: Callable[[], Any], timeout: float = 10, message: str | Callable[[], str] = ""
-) -> Any:
+def wait_until(condition: Callable[[], Any], timeout: float = 10, message: str | Callable[[], str] = "") -> Any:
     """Poll until `condition()` is truthy and return its value; only for what sends no event."""
     pause = threading.Event()
     deadline = time.monotonic() + timeout

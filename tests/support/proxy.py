@@ -102,9 +102,7 @@ class TCPProxy:
             self._spawn(self._pump, client, server, closing, False)
             self._spawn(self._pump, server, client, closing, True)
 
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, closing: threading.Event, replies: bool
-    ) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, closing: threading.Event, replies: bool) -> None:
         try:
             while data := source.recv(65536):
                 if self.delay:

@@ -49,10 +49,7 @@ class RabbitServer(Process):
     def environment(self) -> dict[str, str]:
         config = self.directory / "rabbitmq.conf"
         config.write_text(
-            "disk_free_limit.absolute = 1MB\n"
-            "log.console = true\n"
-            "log.console.level = warning\n"
-            "log.file = false\n"
+            "disk_free_limit.absolute = 1MB\nlog.console = true\nlog.console.level = warning\nlog.file = false\n"
         )
         plugins = self.directory / "enabled_plugins"
         plugins.write_text("[].\n")

@@ -229,9 +229,7 @@ class Sentinel:
             with self.sentinel.client() as client:
                 replicas = client.sentinel_slaves(self.master_name)
             return any(
-                replica["port"] == self.replica.port
-                and not replica["is_sdown"]
-                and not replica["is_disconnected"]
+                replica["port"] == self.replica.port and not replica["is_sdown"] and not replica["is_disconnected"]
                 for replica in replicas
             )
 
