@@ -1,7 +1,7 @@
 """What ``apply_async`` was given, kept so that it can be given again.
 
-A run's arguments, its call and its followers are kept in Celery's own serializers and read back under the app's ``accept_content``:
-what a worker would refuse in a message it refuses in a record.
+A run's arguments, its call and its followers are kept in Celery's own serializers and read back under the app's
+``accept_content``: what a worker would refuse in a message it refuses in a record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601, maybe_make_aware
-from kombu import Exchange, Queue
+from kombu import Exchange, Queue, binding
 from kombu.serialization import dumps, loads, prepare_accept_content
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ TIMES = ("countdown", "eta", "expires")
 
 #: Options that say who is told about the end of a call.
 CALLBACKS = ("link", "link_error", "chain", "chord", "group_id", "group_index")
+
+_ENTITIES = {"queue": Queue, "exchange": Exchange, "binding": binding}
 
 #: Options that only mean something while the call is made.
 _TRANSIENT = frozenset(
@@ -74,8 +76,8 @@ def decode(app: Celery, blob: bytes) -> Any:
 def captured(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call's options as they can be stored and given again.
 
-    What Celery would take from the surroundings at the time of publishing (parent, root, inherited priority, the caller's reply
-    queue) is taken now: a follow-up is published by whoever ends the run before it.
+    What Celery would take from the surroundings at the time of publishing (parent, root, inherited priority, the
+    caller's reply queue) is taken now: a follow-up is published by whoever ends the run before it.
     """
     call = {
         name: _plain(value)
@@ -105,9 +107,10 @@ def is_rpc(app: Celery) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Queue | Exchange):
-        kind = "queue" if isinstance(value, Queue) else "exchange"
-        return {"__kombu__": kind, **value.as_dict(recurse=True)}
+    """Return a value that a serializer takes: queues, exchanges and their bindings as mappings of their attributes."""
+    if isinstance(value, Queue | Exchange | binding):
+        attributes = {name: _plain(item) for name, item in value.as_dict().items() if item is not None}
+        return {"__kombu__": type(value).__name__.lower(), **attributes}
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, list | tuple):
@@ -122,10 +125,10 @@ def options_of(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def _revived(value: Any) -> Any:
     if isinstance(value, dict) and "__kombu__" in value:
-        fields = {name: item for name, item in value.items() if name != "__kombu__"}
-        if value["__kombu__"] == "queue":
-            return Queue.from_dict(fields.pop("name"), **fields)
-        return Exchange(**fields)
+        entity = _ENTITIES[value["__kombu__"]]
+        return entity(**{name: _revived(item) for name, item in value.items() if name != "__kombu__"})
+    if isinstance(value, list):
+        return [_revived(item) for item in value]
     return value
 
 
@@ -211,8 +214,8 @@ def moment(app: Celery, value: Any) -> int:
     """Return a moment given to Celery as milliseconds since the epoch.
 
     Args:
-        app: Whose time zone counts where the moment has none.
-        value: A datetime or an ISO 8601 string.
+        app: The app.
+        value: A datetime or an ISO 8601 string; UTC where it names no time zone, as everywhere in Celery.
     """
     when = maybe_make_aware(maybe_iso8601(value), app.timezone)
     return int(when.timestamp() * 1000)

@@ -1,7 +1,7 @@
 """The coalescing engine: what a key's record can do, without a word of Celery workers.
 
-Every method is one transition, one round trip, and safe to repeat. What a transition dispatches it returns as envelopes;
-publishing them is the caller's, and one that never is will be published by the sweep.
+Every method is one transition, one round trip, and safe to repeat. What a transition dispatches it returns as
+envelopes; publishing them is the caller's, and one that never is will be published by the sweep.
 """
 
 from __future__ import annotations

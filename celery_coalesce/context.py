@@ -104,7 +104,8 @@ class Run(InlineRun):
             body: What to run.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            calls_on: Whether callbacks, a chain or a chord follow: what they call comes after this run, and is not answered with it.
+            calls_on: Whether callbacks, a chain or a chord follow: what they call comes after this run, and is not
+                answered with it.
 
         Raises:
             Ignore: The lease was lost: Celery shall neither store nor call anything.
@@ -127,9 +128,9 @@ class Run(InlineRun):
     def _returned(self, calls_on: bool) -> None:
         """Ask for the lease where it could have been lost, and say that the body has returned where that matters.
 
-        A lease lasts as long as the presence that it hangs from, which was renewed when the lease was given: a shorter run can
-        not have lost it. And only a ``skip`` trigger looks at whether a body has returned: one that comes from this run's callbacks, or
-        from a caller that has seen the result of a single flight.
+        A lease lasts as long as the presence that it hangs from, which was renewed when the lease was given: a
+        shorter run can not have lost it. And only a ``skip`` trigger looks at whether a body has returned: one that
+        comes from this run's callbacks, or from a caller that has seen the result of a single flight.
         """
         overdue = time.monotonic() - self.lease.leased_at >= self.coalescer.timing.lease / 1000
         matters = calls_on or self.lease.mode == Mode.SKIP

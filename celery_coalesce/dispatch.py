@@ -1,7 +1,7 @@
 """Publishing: the message that wakes a worker for a run.
 
-A message carries the run's id in its ``coalesce`` header, never an expiry (the record holds it: a broker that drops a message in silence
-would cost a minute), and everything that the run's own ``apply_async`` was given.
+A message carries the run's id in its ``coalesce`` header, never an expiry (the record holds it: a broker that drops a
+message in silence would cost a minute), and everything that the run's own ``apply_async`` was given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import CoalesceError
 if TYPE_CHECKING:
     from celery import Celery
 
-    from .coalescer import Coalescer
+    from .engine import Engine
     from .records import Envelope
 
 __all__ = ["publish_all", "run_header"]
@@ -31,11 +31,11 @@ def run_header(state: str, run: str, attempt: int = 0, version: int = 0) -> dict
     return {"state": state, "run": run, "attempt": attempt, "version": version}
 
 
-def publish_all(app: Celery, coalescer: Coalescer, envelopes: Iterable[Envelope]) -> None:
+def publish_all(engine: Engine, envelopes: Iterable[Envelope]) -> None:
     """Publish what a transition dispatched. What can not be published is noted, and tried again by the sweep."""
     for envelope in envelopes:
         try:
-            _publish(app, envelope)
+            _publish(engine.app, envelope)
         except Exception:
             # Whatever stands in the way (broker, router, serializer): the run is accepted, and stays in its record.
             logger.exception(
@@ -45,7 +45,7 @@ def publish_all(app: Celery, coalescer: Coalescer, envelopes: Iterable[Envelope]
                 extra={"action": "publish_failed", "run_id": envelope.run, "task_id": envelope.task_id},
             )
             try:
-                coalescer.unpublished(envelope)
+                engine.coalescer.unpublished(envelope)
             except CoalesceError:
                 logger.warning(
                     "Run %s of %s will be published again once its timer is over",

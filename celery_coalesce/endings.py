@@ -1,7 +1,7 @@
 """Telling everybody that a run has ended: its followers, its own callers where Celery does not, and monitors.
 
-A follower is told before the run's slot is passed on, and crossed off only afterwards; so it may be told twice, and never not at
-all.
+A follower is told before the run's slot is passed on, and crossed off only afterwards; so it may be told twice, and
+never not at all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .states import Outcome
 if TYPE_CHECKING:
     from celery import Celery
 
-    from .coalescer import Coalescer
+    from .engine import Engine
     from .records import Cleared, Lease
     from .signals import EventBus
 
@@ -66,12 +66,11 @@ class Ending:
         return str(states.FAILURE if self.error is not None else states.SUCCESS)
 
 
-def end_run(app: Celery, coalescer: Coalescer, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0) -> bool:
+def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0) -> bool:
     """Tell a run's followers, end it, publish what takes its place, and announce the session's drain.
 
     Args:
-        app: The app.
-        coalescer: Its engine.
+        engine: The app's engine.
         lease: The run's lease.
         ending: How it ended.
         bus: Where its events go.
@@ -85,13 +84,13 @@ def end_run(app: Celery, coalescer: Coalescer, lease: Lease, ending: Ending, bus
     """
     drain = RunMeta.of(lease) if signals.is_watched(signals.coalesce_drain, bus) else None
     while True:
-        reply = coalescer.finish(lease, told=told, drain=drain)
+        reply = engine.coalescer.finish(lease, told=told, drain=drain)
         if reply is None:
             return False
         if isinstance(reply, Finished):
-            publish_all(app, coalescer, reply.sent)
+            publish_all(engine, reply.sent)
             if reply.drain:
-                announce_drain(app, coalescer, reply.drain, bus)
+                announce_drain(engine, reply.drain, bus)
             return True
         for blob in reply.blobs:
             tell_follower(bus, blob, ending)
@@ -139,13 +138,13 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
     backend.mark_as_failure(task_id, ending.error, traceback=ending.traceback, request=context, store_result=store)
 
 
-def tell_cleared(app: Celery, coalescer: Coalescer, cleared: Cleared, bus: EventBus) -> None:
+def tell_cleared(engine: Engine, cleared: Cleared, bus: EventBus) -> None:
     """Tell the callers of a run that an operator took out of the queue, and forget it."""
-    lease, ending = cleared.lease, Ending(Outcome.REVOKED)
+    app, lease, ending = engine.app, cleared.lease, Ending(Outcome.REVOKED)
     tell_caller(app, lease.task, lease.task_id, decode(app, cleared.call) if cleared.call else {}, ending)
     if cleared.received:
         announce_end(bus, lease.task_id, ending)
-    end_run(app, coalescer, lease, ending, bus)
+    end_run(engine, lease, ending, bus)
 
 
 def _call_back(app: Celery, context: Any, value: Any) -> None:
@@ -187,18 +186,18 @@ def stored_ending(app: Celery, task_name: str, task_id: str) -> Ending | None:
     return None
 
 
-def announce_drain(app: Celery, coalescer: Coalescer, blob: bytes, bus: EventBus) -> None:
+def announce_drain(engine: Engine, blob: bytes, bus: EventBus) -> None:
     """Announce a recorded drain, unless another process has."""
-    meta = coalescer.take_drain(blob)
+    meta = engine.coalescer.take_drain(blob)
     if meta is not None:
-        signals.emit(signals.coalesce_drain, app.tasks.get(meta.name), bus, meta)
+        signals.emit(signals.coalesce_drain, engine.app.tasks.get(meta.name), bus, meta)
 
 
 def announce_outcome(app: Celery, lease: Lease, ending: Ending, bus: EventBus) -> None:
     """Send the signal of a run that did not succeed."""
     task, meta = app.tasks.get(lease.task), RunMeta.of(lease)
     if ending.error is not None and ending.state == states.FAILURE:
-        shown = {"exception": repr(ending.error)}
+        shown = {"exception": safe_repr(ending.error)[: signals.MOST_SHOWN]}
         signals.emit(signals.coalesce_error, task, bus, meta, shown=shown, exception=ending.error)
     elif ending.outcome is not Outcome.SUCCEEDED:
         shown = {"outcome": ending.outcome.value}
@@ -208,14 +207,20 @@ def announce_outcome(app: Celery, lease: Lease, ending: Ending, bus: EventBus) -
 def announce_end(bus: EventBus, task_id: str, ending: Ending) -> None:
     """Tell monitors that a message they saw arrive has come to its end.
 
-    Only a worker may: an event of the task group makes its sender a worker in the eyes of ``celery.events.state`` and Flower.
+    Only a worker may: an event of the task group makes its sender a worker in the eyes of ``celery.events.state`` and
+    Flower.
     """
     if bus.hostname is None:
         return
     if ending.state == states.SUCCESS:
-        bus.send("task-succeeded", uuid=task_id, result=safe_repr(ending.value), runtime=0.0)
+        bus.send("task-succeeded", uuid=task_id, result=safe_repr(ending.value)[: signals.MOST_SHOWN], runtime=0.0)
     elif ending.state == states.REVOKED:
         expired = ending.outcome is Outcome.EXPIRED
         bus.send("task-revoked", uuid=task_id, terminated=False, signum=None, expired=expired)
     else:
-        bus.send("task-failed", uuid=task_id, exception=safe_repr(ending.error), traceback=ending.traceback or "")
+        bus.send(
+            "task-failed",
+            uuid=task_id,
+            exception=safe_repr(ending.error)[: signals.MOST_SHOWN],
+            traceback=ending.traceback or "",
+        )

@@ -21,6 +21,7 @@ _ATTRIBUTE = "_celery_coalesce_engine"
 class Engine:
     """What an app coalesces with."""
 
+    app: Celery
     settings: Settings
     coalescer: Coalescer
     #: The event bus of a process that is no worker.
@@ -45,7 +46,7 @@ def engine_of(app: Celery) -> Engine:
             remember=int(2000 * _visibility_timeout(app)),
         )
         bus = EventBus(app, settings.events and bool(app.conf.task_send_sent_event))
-        engine = Engine(settings, Coalescer(connect(app, settings), timing), bus)
+        engine = Engine(app, settings, Coalescer(connect(app, settings), timing), bus)
         app.__dict__[_ATTRIBUTE] = engine
     return engine
 

@@ -1,7 +1,7 @@
 """What can go wrong, as a tree that callers can branch on.
 
-Each is built from its ``args`` alone, so that it survives pickling and a result backend. "Lost" differs from "never had": :exc:`LeaseLost` is the end of a run that had its slot, :exc:`StoreUnavailable` says nothing
-about any run.
+Each is built from its ``args`` alone, so that it survives pickling and a result backend. "Lost" differs from "never
+had": :exc:`LeaseLost` is the end of a run that had its slot, :exc:`StoreUnavailable` says nothing about any run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a call to its key, and from a key to its names in Redis.
 
-Two calls have one key exactly if their templates give the same text, however the arguments were passed: a template reads a
-parameter's value as Python's binding would give it, from a position, a keyword or the default.
+Two calls have one key exactly if their templates give the same text, however the arguments were passed: a template
+reads a parameter's value as Python's binding would give it, from a position, a keyword or the default.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .errors import InvalidKey
 __all__ = ["KeyTemplate", "Names", "Parameters", "TemplateError", "state_id"]
 
 _TOKEN = re.compile(r"<<|>>|\{\{|\}\}|<([^<>{}]*)>|\{([^<>{}]*)\}|[<>{}]")
+_DOUBLED = ("<<", ">>", "{{", "}}")
 _FIELD = re.compile(r"[^\W\d]\w*(\.\w+)*\Z")
 _MISSING: Any = object()
 
@@ -103,7 +104,7 @@ class KeyTemplate:
             field = token.group(1) if token.group(1) is not None else token.group(2)
             if field is not None:
                 self._field(field)
-            elif len(token.group()) == 2:
+            elif token.group() in _DOUBLED:
                 self._literal(token.group()[0])
             else:
                 raise TemplateError(
@@ -159,8 +160,8 @@ class KeyTemplate:
 def state_id(scope: str, key: str) -> str:
     """Return the id under which a key's record is found, the same for ever.
 
-    A digest, so that keys of any length and any Unicode make the same short name; the scope's length is part of it, so that
-    no key of one scope is another's.
+    A digest, so that keys of any length and any Unicode make the same short name; the scope's length is part of it,
+    so that no key of one scope is another's.
     """
     text = f"{len(scope)}:{scope}{key}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, digest_size=16).digest()

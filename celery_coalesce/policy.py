@@ -17,6 +17,9 @@ from .errors import InvalidKey, OptionError
 from .keys import KeyTemplate, Parameters, TemplateError
 from .states import Mode, Overflow, Rule
 
+#: More runs of one key than this are a mistake.
+MOST = 1_000_000
+
 __all__ = ["OPTIONS", "PER_CALL", "Policy"]
 
 #: Every option of a task, with its default.
@@ -192,7 +195,7 @@ def _word(task: str, option: str, value: object, words: type[WordT]) -> WordT:
 
 
 def _count(task: str, option: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1_000_000:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
         raise OptionError(task, option, value, "is not a whole number from 1 to 1,000,000", "give such a number")
     return value
 

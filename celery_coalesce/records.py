@@ -39,8 +39,8 @@ class Trigger:
     call: bytes = b""
     follower: bytes = b""
     store: bool = True
-    #: Milliseconds by name: ``delay`` or ``due``, ``ttl`` or ``expires``. The first of each counts from now on the server's
-    #: clock, the second is a moment of it.
+    #: Milliseconds by name: ``delay`` or ``due``, ``ttl`` or ``expires``. The first of each counts from now on the
+    #: server's clock, the second is a moment of it.
     times: Mapping[str, int] = field(default_factory=dict)
     #: The run whose body, links or chain make this call.
     within: str | None = None
@@ -75,7 +75,8 @@ class Accepted:
     run: str
     task_id: str
     run_state: RunState
-    #: Milliseconds that the run's message waits; ``None`` if this trigger's caller publishes no message for its own run.
+    #: Milliseconds that the run's message waits; ``None`` if this trigger's caller publishes no message for its own
+    #: run.
     delay: int | None
     #: The arguments that this trigger's took the place of, if asked for.
     replaced: bytes

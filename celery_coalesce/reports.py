@@ -1,7 +1,7 @@
 """The child's reports: that a run starts, how it ends, and what continues it.
 
-Built on Celery's task signals, which fire in the process that runs the body. What they can not see, because that process is gone, the
-parent reports (:mod:`celery_coalesce.worker.request`).
+Built on Celery's task signals, which fire in the process that runs the body. What they can not see, because that
+process is gone, the parent reports (:mod:`celery_coalesce.worker.request`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery.exceptions import Ignore, Reject, Retry
+from kombu.utils.encoding import safe_repr
 
 from . import signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
 from .endings import Ending, announce_end, announce_outcome, end_run
-from .engine import engine_of
+from .engine import Engine, engine_of
 from .errors import StoreUnavailable
 from .records import Lease
-from .signals import EventBus
+from .signals import MOST_SHOWN, EventBus
 from .states import Outcome
 
 if TYPE_CHECKING:
     from celery import Celery
-
-    from .coalescer import Coalescer
 
 __all__ = ["continue_run", "on_failure", "on_postrun", "on_prerun", "on_success"]
 
@@ -76,7 +75,7 @@ def on_failure(sender: Any, exception: Any = None, einfo: Any = None, **_: Any) 
     if run is None or run.lost or run.next_attempt is not None:
         return
     run.traceback = str(getattr(einfo, "traceback", "") or "") or None
-    shown = {"exception": repr(exception)}
+    shown = {"exception": safe_repr(exception)[:MOST_SHOWN]}
     signals.emit(signals.coalesce_error, sender, run.bus, run.meta, shown=shown, exception=exception)
 
 
@@ -134,7 +133,10 @@ def _is_pool_child(lease: Lease) -> bool:
 
 
 def _complete_ignored(task: Any, run: Run) -> None:
-    """Give a bare ``Ignore`` a result, so that nobody waits for ever. A state that the body itself has stored is left alone."""
+    """Give a bare ``Ignore`` a result, so that nobody waits for ever.
+
+    A state that the body itself has stored is left alone.
+    """
     request = task.request
     try:
         status = task.backend.get_task_meta(request.id).get("status") if not request.ignore_result else None
@@ -152,22 +154,23 @@ def _complete_ignored(task: Any, run: Run) -> None:
 def _end(task: Any, run: Run, ending: Ending) -> None:
     if ending.outcome in (Outcome.SKIPPED, Outcome.REVOKED) and run.handed_on is None:
         announce_outcome(task.app, run.lease, ending, run.bus)
-    if not end_run(task.app, run.coalescer, run.lease, ending, run.bus, told=run.handed_on or 0):
+    if not end_run(engine_of(task.app), run.lease, ending, run.bus, told=run.handed_on or 0):
         run.lost = True
 
 
 def _continue(app: Celery, run: Run) -> None:
     attempt, run.next_attempt = run.next_attempt, None
     try:
-        if attempt is not None and not continue_run(app, run.coalescer, run.lease, attempt):
+        if attempt is not None and not continue_run(engine_of(app), run.lease, attempt):
             run.lost = True
     except StoreUnavailable:
         run.next_attempt = attempt
         raise
 
 
-def continue_run(app: Celery, coalescer: Coalescer, lease: Lease, attempt: NextAttempt) -> bool:
+def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
     """Have a run go on with its next attempt; return whether the lease still held."""
+    app = engine.app
     options = dict(attempt.options)
     headers = {name: value for name, value in (options.pop("headers", None) or {}).items() if name != HEADER}
     times: dict[str, int] = {}
@@ -184,7 +187,7 @@ def continue_run(app: Celery, coalescer: Coalescer, lease: Lease, attempt: NextA
     if not options.get("parent_id"):
         # The attempt that is just ending is no parent of its own successor.
         call.pop("parent_id", None)
-    sent = coalescer.retry(
+    sent = engine.coalescer.retry(
         lease,
         attempt.task,
         encode([list(attempt.args), dict(attempt.kwargs)], serializer),
@@ -193,7 +196,7 @@ def continue_run(app: Celery, coalescer: Coalescer, lease: Lease, attempt: NextA
     )
     if sent is None:
         return False
-    publish_all(app, coalescer, sent)
+    publish_all(engine, sent)
     return True
 
 
@@ -202,7 +205,10 @@ _reporting = threading.Lock()
 
 
 def _report(report: Callable[[], None]) -> None:
-    """Report now, or as soon as the store is back. Should this process die before, the parent's heartbeat finds the lease."""
+    """Report now, or as soon as the store is back.
+
+    Should this process die before, the parent's heartbeat finds the lease.
+    """
     try:
         report()
     except StoreUnavailable as error:

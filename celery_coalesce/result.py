@@ -14,8 +14,8 @@ __all__ = ["CoalescedResult"]
 class CoalescedResult(AsyncResult):
     """The result of a call to a :class:`~celery_coalesce.CoalescedTask`: that of the run that covers it.
 
-    ``get()`` returns that run's value. A call that brought its own task id or callbacks keeps its id, and is completed with the
-    covering run.
+    ``get()`` returns that run's value. A call that brought its own task id or callbacks keeps its id, and is
+    completed with the covering run.
 
     Attributes:
         disposition: What became of the call; ``None`` if the result was looked up by its id.
@@ -49,6 +49,10 @@ class CoalescedResult(AsyncResult):
         self.run_id = run_id
         self.run_task_id = run_task_id or self.id
         return self
+
+    def __copy__(self) -> CoalescedResult:
+        copy: CoalescedResult = super().__copy__()
+        return copy.described(self.disposition, self.key, self.run_id, self.run_task_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.__reduce_args__(), self.disposition, self.key, self.run_id, self.run_task_id)

@@ -26,6 +26,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+#: Seconds: a day.
+LONGEST = 86_400
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the app was configured with. Times are seconds."""
@@ -44,14 +48,16 @@ class Settings:
         Raises:
             SettingError: A setting is unknown or bad.
         """
+        # Until something has been read, Celery's settings are pending, and their prefix is not known yet.
+        _ = app.conf.broker_url
         conf = app.conf
         for name in _given(conf):
             if name not in SETTINGS:
                 close = difflib.get_close_matches(name, list(SETTINGS), n=1)
                 remedy = f"did you mean {close[0]!r}?" if close else "known are: " + ", ".join(SETTINGS)
-                raise SettingError(name, conf.get(name), "is no setting", remedy)
+                raise SettingError(name, _harmless(conf.get(name)), "is no setting", remedy)
         given = {name: conf.get(name, default) for name, default in SETTINGS.items()}
-        settings = cls(
+        return cls(
             redis_url=_url(given["coalesce_redis_url"]),
             namespace=_namespace(given["coalesce_namespace"]),
             lease=_seconds("coalesce_lease", given["coalesce_lease"], 1),
@@ -59,26 +65,29 @@ class Settings:
             on_outage=_outage(given["coalesce_on_outage"]),
             events=_flag("coalesce_events", given["coalesce_events"]),
         )
-        return settings
+
+
+def _harmless(value: object) -> object:
+    """Return a value that may be shown: of what could be a URL, nothing that could be its password."""
+    return "..." if isinstance(value, str) and "://" in value else value
 
 
 def _given(conf: Any) -> set[str]:
     """Return the names of the ``coalesce_*`` settings that were made, in whatever form.
 
-    ``conf.maps`` are the layers of the settings (celery.app.utils.Settings, a kombu ChainMap, 5.5-5.7); with a namespace
-    (Django's ``CELERY_``) the names in them are upper case and prefixed, or attributes of a module.
+    ``conf.maps`` are the layers of the settings (celery.app.utils.Settings, a kombu ChainMap, 5.5-5.7); with a
+    namespace (Django's ``CELERY_``) the names in them are upper case and prefixed, or attributes of a module.
     """
     prefix = (conf.prefix or "").lower()
     names = set()
     for layer in conf.maps:
         keys = layer.keys() if isinstance(layer, Mapping) else dir(getattr(layer, "obj", layer))
         for key in keys:
-            if not isinstance(key, str):
-                continue
-            name = key.lower()
+            name = str(key).lower()
             if prefix and name.startswith(prefix):
                 name = name[len(prefix) :]
-            elif prefix and key.isupper():
+            elif prefix and layer is not conf.changes:
+                # A project's own setting, beside those of the namespace.
                 continue
             if name.startswith("coalesce_"):
                 names.add(name)
@@ -86,8 +95,10 @@ def _given(conf: Any) -> set[str]:
 
 
 def _seconds(setting: str, value: object, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 86_400:
-        raise SettingError(setting, value, f"is not a number of seconds from {least} to 86400", "give such a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LONGEST:
+        raise SettingError(
+            setting, value, f"is not a number of seconds from {least} to {LONGEST}", "give such a number"
+        )
     return float(value)
 
 

@@ -1,7 +1,7 @@
 """The events of a key, as Celery signals and on Celery's event bus.
 
-A signal is sent in the process where the thing happens, with ``sender`` the task and ``meta`` what it happened to. The same
-goes out as ``coalesce-start`` and so on wherever task events are on (a worker's ``-E``, a producer's
+A signal is sent in the process where the thing happens, with ``sender`` the task and ``meta`` what it happened to.
+The same goes out as ``coalesce-start`` and so on wherever task events are on (a worker's ``-E``, a producer's
 ``task_send_sent_event``), for Flower, ``celery events`` and any ``EventReceiver``.
 
 Per session: start, (success | error), [start ...], drain.
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .records import RunMeta, TriggerMeta
 
 __all__ = [
+    "MOST_SHOWN",
     "EventBus",
     "coalesce_drain",
     "coalesce_error",
@@ -35,8 +36,11 @@ __all__ = [
 
 logger = logging.getLogger("celery_coalesce")
 
-#: A call was made. In the producer; ``meta`` is a :class:`~celery_coalesce.TriggerMeta`, ``unused`` the ``(args, kwargs)`` that
-#: no run will see because of this call, or ``None``.
+#: Of an exception or a result an event shows this many characters, as Celery's own events do.
+MOST_SHOWN = 1024
+
+#: A call was made. In the producer; ``meta`` is a :class:`~celery_coalesce.TriggerMeta`, ``unused`` the ``(args,
+#: kwargs)`` that no run will see because of this call, or ``None``.
 coalesce_trigger = Signal(name="coalesce_trigger", providing_args={"meta", "unused"})
 
 #: A run has its lease and is about to begin. In the process that runs it.
@@ -54,7 +58,8 @@ coalesce_skip = Signal(name="coalesce_skip", providing_args={"meta", "outcome"})
 #: A session is over: nothing runs, nothing waits.
 coalesce_drain = Signal(name="coalesce_drain", providing_args={"meta"})
 
-#: A run's worker was not heard of in time. In the worker that noticed; ``again`` tells whether the run is dispatched again.
+#: A run's worker was not heard of in time. In the worker that noticed; ``again`` tells whether the run is dispatched
+#: again.
 coalesce_lost = Signal(name="coalesce_lost", providing_args={"meta", "again"})
 
 
@@ -71,8 +76,8 @@ class EventBus:
     def of_worker(cls, app: Celery, dispatcher: Any, hostname: str, *, wanted: bool) -> EventBus:
         """Return a worker's bus.
 
-        Its dispatcher is there without ``-E`` too, for the worker's own heartbeats: task events are on if it sends that group
-        (celery.worker.consumer.events.Events, 5.5-5.7).
+        Its dispatcher is there without ``-E`` too, for the worker's own heartbeats: task events are on if it sends
+        that group (celery.worker.consumer.events.Events, 5.5-5.7).
         """
         groups = getattr(dispatcher, "groups", None)
         enabled = bool(dispatcher and dispatcher.enabled and (not groups or "task" in groups))
@@ -114,7 +119,7 @@ def emit(
         sender: The task.
         bus: Where its event goes.
         meta: What it happened to.
-        shown: Further fields of the event. Values of the application's go to signals alone.
+        shown: Further fields of the event. An application's arguments go to signals alone.
         given: Further arguments of the signal.
     """
     if signal.receivers:

@@ -16,7 +16,7 @@ from .states import Disposition, Rule
 if TYPE_CHECKING:
     from celery import Celery
 
-    from .coalescer import Coalescer
+    from .engine import Engine
     from .policy import Policy
     from .records import Trigger
     from .signals import EventBus
@@ -28,8 +28,7 @@ MOST_MERGES = 10_000
 
 
 def accept(
-    app: Celery,
-    coalescer: Coalescer,
+    engine: Engine,
     policy: Policy,
     trigger: Trigger,
     arguments: tuple[Sequence[Any], Mapping[str, Any]],
@@ -38,8 +37,7 @@ def accept(
     """Have a trigger accepted, its arguments merged by the task's function if they are to be.
 
     Args:
-        app: The app.
-        coalescer: Its engine.
+        engine: The app's engine.
         policy: The task's options, as the call overrides them.
         trigger: The trigger.
         arguments: Its positional and keyword arguments.
@@ -52,12 +50,12 @@ def accept(
         StoreUnavailable: The state server can not be reached.
         Exception: Whatever the merge function raises; nothing was changed.
     """
-    reply = coalescer.trigger(policy, trigger)
+    reply = engine.coalescer.trigger(policy, trigger)
     for _ in range(MOST_MERGES):
         if not isinstance(reply, MergeWanted):
             return reply
-        merged = encode(_merged(app, policy, reply.args, arguments), serializer)
-        reply = coalescer.trigger(policy, replace(trigger, args=merged), reply)
+        merged = encode(_merged(engine.app, policy, reply.args, arguments), serializer)
+        reply = engine.coalescer.trigger(policy, replace(trigger, args=merged), reply)
     raise StoreError(f"{policy.task}: key {trigger.key!r} changes faster than arguments can be merged")
 
 
@@ -79,7 +77,6 @@ def _merged(
 
 
 def report(
-    app: Celery,
     bus: EventBus,
     policy: Policy,
     trigger: Trigger,
@@ -95,7 +92,7 @@ def report(
     ):
         unused = arguments
     elif accepted.replaced and policy.rule is Rule.LATEST:
-        unused = tuple(decode(app, accepted.replaced))
+        unused = tuple(decode(bus.app, accepted.replaced))
     meta = TriggerMeta(
         key=trigger.key,
         scope=policy.scope,
@@ -109,9 +106,8 @@ def report(
     )
     signals.emit(
         signals.coalesce_trigger,
-        app.tasks.get(policy.task),
+        bus.app.tasks.get(policy.task),
         bus,
         meta,
-        shown={"unused": repr(unused)} if unused is not None else None,
         unused=unused,
     )

@@ -55,9 +55,7 @@ def running_worker(home: Path, processes: int) -> Iterator[subprocess.Popen[byte
     command = [sys.executable, "-m", "celery", "-A", "gitstats", "worker", f"--concurrency={processes}"]
     command += ["--task-events", "--loglevel=INFO", "--without-gossip", "--without-mingle"]
     with log.open("wb") as output:
-        worker = subprocess.Popen(
-            command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        worker = subprocess.Popen(command, cwd=HERE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield worker
     except (StoryError, OSError) as error:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: How many processes the worker has.
 PROCESSES = 3
 #: Seconds after which something must have gone wrong.
-PATIENCE = 60.0
+PATIENCE = 90.0
 
 
 def main() -> int:
@@ -52,19 +52,13 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
 
     def number(text: str) -> int:
-        if not 1 <= int(text) <= 100:
-            raise argparse.ArgumentTypeError(f"{text} is not between 1 and 100")
+        if not 1 <= int(text) <= 10:
+            raise argparse.ArgumentTypeError(f"{text} is not between 1 and 10")
         return int(text)
 
-    parser = argparse.ArgumentParser(
-        description="Crawl git repositories with Celery, and sum up what is found."
-    )
-    parser.add_argument(
-        "--repo", type=Path, metavar="PATH", help="the git repository to read (default: this one)"
-    )
-    parser.add_argument(
-        "--orgs", type=number, default=2, metavar="N", help="organisations (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description="Crawl git repositories with Celery, and sum up what is found.")
+    parser.add_argument("--repo", type=Path, metavar="PATH", help="the git repository to read (default: this one)")
+    parser.add_argument("--orgs", type=number, default=2, metavar="N", help="organisations (default: %(default)s)")
     parser.add_argument(
         "--crawls", type=number, default=5, metavar="N", help="repositories of each (default: %(default)s)"
     )
@@ -79,15 +73,7 @@ def tell(options: argparse.Namespace, home: Path) -> int:
     with running_server(home) as broker:
         app = set_up(broker, home / "db.sqlite3", options.plain)
         organisations = populate(options.orgs, options.crawls, path)
-        print(
-            f"One worker with {PROCESSES} processes; {counted(options.orgs, 'organisation')}, each with",
-            end=" ",
-        )
-        print(f"{counted(options.crawls, 'repository', 'repositories')} of {counted(commits, 'commit')}.")
-        print(
-            "Every repository is crawled once, and every crawl ends by calling process(organisation).\n",
-            flush=True,
-        )
+        introduce(options, commits)
         timeline = Timeline(options.plain)
         calls = options.orgs * options.crawls
         try:
@@ -101,6 +87,17 @@ def tell(options: argparse.Namespace, home: Path) -> int:
             for line in timeline.drawing(names_of_keys(organisations)):
                 print(line)
         return conclude(timeline, calls, organisations)
+
+
+def introduce(options: argparse.Namespace, commits: int) -> None:
+    """Say what is about to happen."""
+    from django.conf import settings
+
+    organisations = counted(options.orgs, "organisation")
+    repositories = counted(options.crawls, "repository", "repositories")
+    commits_read = counted(min(commits, settings.CRAWL_DEPTH), "commit")
+    print(f"One worker with {PROCESSES} processes; {organisations}, each with {repositories} of {commits_read}.")
+    print("Every repository is crawled once, and every crawl ends by calling process(organisation).\n", flush=True)
 
 
 @contextmanager
@@ -147,14 +144,12 @@ def conclude(timeline: Timeline, calls: int, organisations: list[Organisation]) 
     """Print what came of the calls, and whether it is what was promised; return the exit code."""
     runs = timeline.of("process")
     collapsed = sum(run.triggers for run in runs) - len(runs)
+    note = f": {collapsed} collapsed into a run that had not started yet" if collapsed else ""
     print(f"\n{counted(calls, 'crawl')}, up to {timeline.most_at_once('crawl')} at once.", end=" ")
-    print(f"Their {counted(calls, 'call')} of process made {counted(len(runs), 'run')}", end="")
-    print(f": {collapsed} collapsed into a run that had not started yet." if collapsed else ".")
+    print(f"Their {counted(calls, 'call')} of process made {counted(len(runs), 'run')}{note}.")
     objections = {
         "no run failed": "; ".join(timeline.errors()),
-        "no two runs of process at once for one organisation": some(
-            timeline.overlaps("process"), "overlapped"
-        ),
+        "no two runs of process at once for one organisation": some(timeline.overlaps("process"), "overlapped"),
         "all that the crawls have stored is summed up": ", ".join(unsummed(organisations)),
     }
     if not timeline.plain:

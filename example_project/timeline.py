@@ -163,8 +163,7 @@ class Timeline:
         finish = max(time for run in runs for time in (run.start, run.end) if time < math.inf)
         scale = width / max(finish - begin, 0.1)
         label = max(map(len, names.values()))
-        seconds = "".join(f"{second} s".ljust(round(scale)) for second in range(int(finish - begin) + 1))
-        yield f"{'':<9} {'':<{label}} {seconds[: width + 4]}".rstrip()
+        yield f"{'':<9} {'':<{label}} {ruler(finish - begin, scale)}"
         numbers = self._session_numbers(runs)
         for run in runs:
             indent = round((run.start - begin) * scale)
@@ -183,6 +182,15 @@ class Timeline:
             if run.session and run.session not in of_key[run.key]:
                 of_key[run.key].append(run.session)
         return {session: n for sessions in of_key.values() for n, session in enumerate(sessions, 1)}
+
+
+def ruler(seconds: float, scale: float) -> str:
+    """Return a line of seconds, where there is room for them."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50) if step * scale >= 6 or step == 50)
+    line = ""
+    for second in range(0, int(seconds) + 1, step):
+        line = f"{line:<{round(second * scale)}}{second} s"
+    return line
 
 
 def short(task: str) -> str:

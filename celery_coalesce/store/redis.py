@@ -1,8 +1,8 @@
 """The only module that speaks to Redis.
 
 The server that holds the records is the broker where that is a Redis, else the result backend, else what
-``coalesce_redis_url`` names. A connection is made by the first call of a process, and none is shared across a fork: redis-py's pools
-notice a new process id.
+``coalesce_redis_url`` names. A connection is made by the first call of a process, and none is shared across a fork:
+redis-py's pools notice a new process id.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from kombu.utils.url import maybe_sanitize_url
@@ -163,7 +163,8 @@ def connect(app: Celery, settings: Settings) -> RedisStore:
     """Return an app's store; no connection is made yet.
 
     Raises:
-        SettingError: Neither the broker nor the result backend is a Redis, and ``coalesce_redis_url`` is not set; or the URL
+        SettingError: Neither the broker nor the result backend is a Redis, and ``coalesce_redis_url`` is not set; or
+            the URL
             can not be read.
     """
     url = settings.redis_url
@@ -226,14 +227,14 @@ def _from_url(url: str) -> Callable[[], Client]:
         raise SettingError("coalesce_redis_url", "...", f"can not be read ({error})", URL_REMEDY) from None
     scheme = parts.scheme
     if scheme in {"redis+cluster", "rediss+cluster"}:
-        plain = urlunsplit(parts._replace(scheme=scheme.split("+")[0]))
+        plain = scheme.split("+")[0] + url[len(scheme) :]
         options = _options()
         del options["retry_on_error"]
         return lambda: RedisCluster.from_url(plain, **options)
     scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(scheme, scheme)
     if scheme not in {"redis", "rediss", "unix"}:
         raise SettingError("coalesce_redis_url", _shown(url), f"has the unknown scheme {scheme!r}", URL_REMEDY)
-    plain = urlunsplit(parts._replace(scheme=scheme))
+    plain = scheme + url[len(parts.scheme) :]
     try:
         pool = redis.ConnectionPool.from_url(plain, **_options())
     except ValueError as error:
@@ -271,10 +272,8 @@ def _sentinel(url: str) -> Callable[[], Client]:
         )
 
     def make() -> Client:
-        sentinel = Sentinel(  # type: ignore[no-untyped-call]
-            hosts, sentinel_kwargs={**sentinel_options, "socket_timeout": CONNECT_TIMEOUT}, **options
-        )
-        return sentinel.master_for(name)  # type: ignore[no-untyped-call]
+        sentinel = Sentinel(hosts, sentinel_kwargs={**sentinel_options, "socket_timeout": CONNECT_TIMEOUT}, **options)
+        return sentinel.master_for(name)
 
     return make
 
@@ -282,8 +281,8 @@ def _sentinel(url: str) -> Callable[[], Client]:
 def _like_broker(app: Celery) -> Client:
     """Return a client that reaches the broker as kombu does.
 
-    ``Channel.pool`` (kombu.transport.redis, 5.5-5.7) has worked out TLS, credentials, Sentinel and failover. Its settings are taken over into a pool of
-    our own: kombu's is bounded to ten connections and has no timeouts.
+    ``Channel.pool`` (kombu.transport.redis, 5.5-5.7) has worked out TLS, credentials, Sentinel and failover. Its
+    settings are taken over into a pool of our own: kombu's is bounded to ten connections and has no timeouts.
     """
     with app.connection_for_write() as connection:
         return _own_pool(connection.default_channel.pool)
@@ -311,9 +310,7 @@ def _own_pool(pool: Any) -> Client:
     manager = getattr(pool, "sentinel_manager", None)
     if manager is not None:
         secure = issubclass(pool.connection_class, redis.SSLConnection)
-        sentinel_pool = redis.sentinel.SentinelConnectionPool(  # type: ignore[no-untyped-call]
-            pool.service_name, manager, ssl=secure, **kwargs
-        )
+        sentinel_pool = redis.sentinel.SentinelConnectionPool(pool.service_name, manager, ssl=secure, **kwargs)
         return redis.Redis(connection_pool=sentinel_pool)
     if issubclass(pool.connection_class, redis.UnixDomainSocketConnection):
         kwargs.pop("socket_connect_timeout", None)

@@ -1,7 +1,7 @@
 """The presence of a worker process: one heartbeat, from which all its leases hang, and the sweep.
 
-A thread of the main process, so that a solo worker keeps its leases while its only thread is in a body. It never touches the broker's
-consumer connection.
+Threads of the main process, so that a solo worker keeps its leases while its only thread is in a body. They never
+touch the broker's consumer connection.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,6 +20,7 @@ from celery.signals import worker_shutdown
 
 from .. import signals
 from ..calls import decode
+from ..coalescer import SLICE
 from ..dispatch import publish_all
 from ..endings import (
     Ending,
@@ -103,8 +105,10 @@ class PresenceThread:
         self.owner = f"{worker.hostname}/{os.getpid()}/{uuid4().hex[:8]}"
         self._leases: dict[str, tuple[Lease, int | None]] = {}
         self._dead: set[str] = set()
+        self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._wake_sweep = threading.Event()
+        self._sweep_at = 0.0
 
     @property
     def consumer(self) -> Any:
@@ -125,56 +129,86 @@ class PresenceThread:
         """Note a lease whose body is gone, but whose end could not be reported."""
         self._leases[lease.ref] = (lease, 0)
 
-    # -- the thread --------------------------------------------------------------------------------------------------
+    # -- the threads -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Beat once, so that the first lease finds a presence, and go on beating."""
+        """Beat once, so that the first lease finds a presence, and go on beating.
+
+        The sweep has a thread of its own: it publishes, stores results and calls receivers, and may take longer than
+        a lease.
+        """
         wait = 0.0
         try:
             engine_of(self._app).coalescer.heartbeat(self.owner)
         except StoreUnavailable as error:
             # As with a broker that is not there yet: the worker waits for it.
-            logger.warning("The state server is away: %s", error, extra={"action": "store_away"})
+            self._log_away(error)
             wait = AWAY_AGAIN
-        self._thread = threading.Thread(target=self._run, args=(wait,), name="celery-coalesce-presence", daemon=True)
-        self._thread.start()
+        for name, step in (("heartbeat", self._beat), ("sweep", self._look)):
+            thread = threading.Thread(target=self._run, args=(step, wait), name=f"celery-coalesce-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def end(self, **_: Any) -> None:
-        """Stop beating, and say goodbye. What is still held runs out by itself."""
+        """Stop beating, hand back what the pool never took, and say goodbye. What is still held runs out by itself."""
         if self._ended.is_set():
             return
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        self._wake_sweep.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
+        coalescer = engine_of(self._app).coalescer
         try:
-            engine_of(self._app).coalescer.bury(self.owner, leaving=True)
+            for lease, pid in list(self._leases.values()):
+                if pid is None:
+                    # Not acknowledged: the broker gives its message back.
+                    coalescer.requeue(lease)
+            coalescer.bury(self.owner, leaving=True)
         except CoalesceError as error:
             logger.info("No goodbye: %s", error, extra={"action": "no_goodbye"})
 
-    def _run(self, wait: float) -> None:
-        while not self._ended.wait(wait):
-            wait = self._beat()
+    def _run(self, step: Callable[[], float], wait: float) -> None:
+        """Take a step again and again, each after the seconds that the last one named."""
+        pause = self._ended if step == self._beat else self._wake_sweep
+        while not self._ended.is_set():
+            pause.wait(wait)
+            if self._ended.is_set():
+                return
+            try:
+                wait = step()
+            except StoreUnavailable as error:
+                self._log_away(error)
+                wait = AWAY_AGAIN
+            except Exception:
+                logger.exception("The heartbeat failed", extra={"action": "heartbeat_failed"})
+                wait = AWAY_AGAIN
+
+    def _log_away(self, error: StoreUnavailable) -> None:
+        logger.warning("The state server is away: %s", error, extra={"action": "store_away"})
 
     def _beat(self) -> float:
-        """Renew the presence and do what is overdue; return the seconds until the next beat."""
+        """Renew the presence, and have the sweep look when something is due before the next beat."""
         coalescer = engine_of(self._app).coalescer
         interval = coalescer.timing.heartbeat / 1000
-        try:
-            overdue_in = coalescer.heartbeat(self.owner)
-            self._reconcile()
-            if overdue_in is not None and overdue_in <= 0:
-                self._sweep()
-                overdue_in = coalescer.heartbeat(self.owner)
-        except StoreUnavailable as error:
-            logger.warning("The state server is away: %s", error, extra={"action": "store_away"})
-            return AWAY_AGAIN
-        except Exception:
-            logger.exception("The heartbeat failed", extra={"action": "heartbeat_failed"})
-            return AWAY_AGAIN
-        if overdue_in is None:
-            return interval
-        # Something that could not be moved on stays overdue: no busy loop over it.
-        return min(interval, max(overdue_in / 1000, 0.01 if overdue_in > 0 else AWAY_AGAIN))
+        overdue_in = coalescer.heartbeat(self.owner)
+        self._sweep_at = time.monotonic() + (interval if overdue_in is None else min(overdue_in / 1000, interval))
+        self._wake_sweep.set()
+        return interval
+
+    def _look(self) -> float:
+        """Do what is overdue; return the seconds until something may be."""
+        self._wake_sweep.clear()
+        wait = self._sweep_at - time.monotonic()
+        if wait > 0:
+            return wait
+        self._reconcile()
+        self._sweep()
+        coalescer = engine_of(self._app).coalescer
+        overdue_in = coalescer.heartbeat(self.owner)
+        # What could not be moved on stays overdue: no busy loop over it.
+        wait = AWAY_AGAIN if overdue_in == 0 else (overdue_in or coalescer.timing.heartbeat) / 1000
+        self._sweep_at = time.monotonic() + wait
+        return wait
 
     def _bus(self) -> EventBus:
         dispatcher = getattr(self.consumer, "event_dispatcher", None)
@@ -184,13 +218,13 @@ class PresenceThread:
     # -- leases of this process without a body -------------------------------------------------------------------------
 
     def _reconcile(self) -> None:
-        """End leases whose pool child is gone without a word: it died before a report that had to wait for the store."""
+        """End leases whose pool child is gone without a word: it died with a report that waited for the store."""
         known = dict(self._leases)
         if not known:
             return
         coalescer = engine_of(self._app).coalescer
         held = set(coalescer.held(self.owner))
-        if len(held) >= 100:
+        if len(held) >= SLICE:
             # More than one look returns: those that are missing may be held all the same.
             return
         dead = set()
@@ -216,7 +250,7 @@ class PresenceThread:
             lease.task,
             extra={"action": "dead_child", "run_id": lease.run, "task_id": lease.task_id},
         )
-        end_run(self._app, engine_of(self._app).coalescer, lease, ending, self._bus())
+        end_run(engine_of(self._app), lease, ending, self._bus())
 
     # -- the sweep ---------------------------------------------------------------------------------------------------
 
@@ -229,13 +263,17 @@ class PresenceThread:
                 return
             moved = False
             for process in overdue.processes:
+                if process == self.owner:
+                    # Late, but here: renewed before anybody else comes to it.
+                    coalescer.heartbeat(self.owner)
+                    continue
                 for ref in coalescer.held(process):
                     moved = self._each(self._lose, ref, process) or moved
                 coalescer.bury(process)
             for ref in overdue.refs:
                 moved = self._each(self._wake, ref) or moved
             for blob in overdue.drains:
-                announce_drain(self._app, coalescer, blob, self._bus())
+                announce_drain(engine_of(self._app), blob, self._bus())
             if not moved:
                 return
 
@@ -260,9 +298,9 @@ class PresenceThread:
         return True
 
     def _wake(self, ref: str) -> bool:
-        coalescer = engine_of(self._app).coalescer
-        woken = coalescer.wake(ref)
-        publish_all(self._app, coalescer, woken.sent)
+        engine = engine_of(self._app)
+        woken = engine.coalescer.wake(ref)
+        publish_all(engine, woken.sent)
         if woken.reason in ("lost", "unpublished"):
             logger.warning(
                 "Run %s was published again: its message was %s",
@@ -271,13 +309,12 @@ class PresenceThread:
                 extra={"action": "redispatched", "reason": woken.reason, "run_id": ref.split("/")[1]},
             )
         if woken.cleared is not None:
-            tell_cleared(self._app, coalescer, woken.cleared, self._bus())
+            tell_cleared(engine, woken.cleared, self._bus())
         return bool(woken.sent) or woken.cleared is not None
 
     def _lost(self, lost: LostLease) -> None:
         """Tell of a run whose worker is dead, and end it where Celery would not run it again."""
         lease, app = lost.lease, self._app
-        coalescer = engine_of(app).coalescer
         task = app.tasks.get(lease.task)
         bus = self._bus()
         logger.warning(
@@ -294,7 +331,7 @@ class PresenceThread:
         meta = RunMeta.of(lease)
         signals.emit(signals.coalesce_lost, task, bus, meta, shown={"again": bool(lost.sent)}, again=bool(lost.sent))
         if lost.sent:
-            publish_all(app, coalescer, lost.sent)
+            publish_all(engine_of(app), lost.sent)
             return
         ending = stored_ending(app, lease.task, lease.task_id)
         if ending is None:
@@ -305,7 +342,7 @@ class PresenceThread:
         elif ending.outcome is Outcome.REVOKED:
             announce_outcome(app, lease, ending, bus)
         announce_end(bus, lease.task_id, ending)
-        end_run(app, coalescer, lease, ending, bus)
+        end_run(engine_of(app), lease, ending, bus)
 
 
 def is_alive(pid: int) -> bool:

@@ -1,8 +1,8 @@
 """The gate, and the parent's reports of a run's end.
 
-The gate is asked right before the pool: ``Request.execute_using_pool`` of ``create_request_cls`` (celery.worker.request, 5.5-5.7)
-calls ``revoked()``, and hands the request to the pool only if that is false. It is the one method on that way that a
-subclass keeps.
+The gate is asked right before the pool: ``Request.execute_using_pool`` of ``create_request_cls``
+(celery.worker.request, 5.5-5.7) calls ``revoked()``, and hands the request to the pool only if that is false. It is
+the one method on that way that a subclass keeps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Reject, Terminated, TimeLimitExceeded
+from celery.exceptions import Reject, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.signals import task_received
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
@@ -42,6 +43,8 @@ __all__ = ["CoalescedRequest"]
 
 logger = logging.getLogger("celery_coalesce")
 
+#: What ids of records and runs look like; whatever else a message names is no run of ours.
+STATE, RUN = re.compile(r"[a-z2-7]{26}"), re.compile(r"[0-9]{1,20}")
 #: Seconds until a message that met a store that is away is brought to the gate again.
 GATE_AGAIN = 1.0
 #: Seconds between two looks at a pool child that is being killed.
@@ -73,8 +76,9 @@ class CoalescedRequest(Request):
         if not self._received:
             # What is to be done with a revoked or expired run is for the record to say, at the gate.
             return False
-        if self not in worker_state.reserved_requests:
-            # The connection that brought it was lost while it was held: the broker brings it again.
+        if self not in worker_state.reserved_requests or _is_stopping():
+            # The connection that brought it was lost while it was held, or the pool takes no more: unacknowledged, the
+            # broker brings it again.
             self._release()
             return True
         with self._gate() as engine:
@@ -122,9 +126,7 @@ class CoalescedRequest(Request):
             return None
         if not (isinstance(attempt, int) and isinstance(version, int)):
             return None
-        if not (state.isalnum() and state.isascii() and len(state) <= 64):
-            return None
-        if not (run.isdigit() and run.isascii() and len(run) <= 20):
+        if not (STATE.fullmatch(state) and RUN.fullmatch(run)):
             return None
         return Envelope(state, run, self.id, self._type, attempt, version, 0, b"", b"")
 
@@ -153,7 +155,7 @@ class CoalescedRequest(Request):
             sent = engine.coalescer.carry(envelope, uuid(), blob)
             self._announce()
             self._release()
-            publish_all(self.app, engine.coalescer, sent)
+            publish_all(engine, sent)
         elif answer is not Answer.UNKNOWN:
             if answer is Answer.GONE:
                 announce_end(self._bus(), self.id, Ending(Outcome.REVOKED))
@@ -204,10 +206,13 @@ class CoalescedRequest(Request):
         self._announce()
         bus = self._bus()
         announce_outcome(self.app, lease, ending, bus)
-        self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
+        self._report(lambda: end_run(engine, lease, ending, bus))
 
     def _admit_as_trigger(self, engine: Engine) -> bool:
-        """Treat a message that carries no run as a call: from ``send_task``, beat, another language, or a store that was lost."""
+        """Treat a message that carries no run as a call.
+
+        It comes from ``send_task``, beat, another language, or from before the store was lost.
+        """
         if self._would_be_revoked():
             self._decided = True
             return bool(super().revoked())
@@ -252,10 +257,10 @@ class CoalescedRequest(Request):
             message=self.id,
             watch=signals.is_watched(signals.coalesce_trigger, self._bus()),
         )
-        accepted = accept(self.app, engine.coalescer, policy, trigger, arguments, serializer)
+        accepted = accept(engine, policy, trigger, arguments, serializer)
         if isinstance(accepted, Accepted):
-            report(self.app, self._bus(), policy, trigger, accepted, arguments)
-            publish_all(self.app, engine.coalescer, accepted.sent)
+            report(self._bus(), policy, trigger, accepted, arguments)
+            publish_all(engine, accepted.sent)
         return accepted
 
     def _join(self, policy: Policy, key: str, accepted: Accepted) -> None:
@@ -313,10 +318,13 @@ class CoalescedRequest(Request):
         self.acknowledge()
         if lease is not None:
             engine, bus, ending = engine_of(self.app), self._bus(), Ending.failed(error)
-            self._report(lambda: end_run(self.app, engine.coalescer, lease, ending, bus))
+            self._report(lambda: end_run(engine, lease, ending, bus))
 
     def _hold(self, seconds: float) -> None:
-        """Keep the message, unacknowledged, and bring it to the gate again later. It takes no place in the prefetch count."""
+        """Keep the message, unacknowledged, and bring it to the gate again later.
+
+        It takes no place in the prefetch count.
+        """
         consumer = presence_of(self.app).consumer
         if consumer is None:
             raise CoalesceError("a message came to the gate before the worker's consumer was there")
@@ -393,22 +401,39 @@ class CoalescedRequest(Request):
         engine = engine_of(self.app)
         bus = self._bus()
         if isinstance(error, Terminated) and self._already_cancelled and self.task.acks_late:
-            # The connection was lost, and the broker gives the message back; whether before or after this, nobody knows.
-            self._report(lambda: publish_all(self.app, engine.coalescer, engine.coalescer.requeue(lease) or ()))
+            # The connection was lost, and the broker gives the message back; whether before or after this, nobody
+            # knows.
+            self._report(lambda: publish_all(engine, engine.coalescer.requeue(lease) or ()))
             return
-        if self._already_revoked or isinstance(error, Terminated):
+        if isinstance(error, Terminated) and self._already_cancelled:
+            ending = self._end_cancelled()
+        elif self._already_revoked or isinstance(error, Terminated):
             ending = Ending(Outcome.REVOKED)
         else:
             # Celery 5.7 keeps a success that was stored before the process died.
             ending = stored_ending(self.app, self._type, self.id) or Ending.failed(error)
         self._report(lambda: self._end(engine, lease, ending, bus))
 
+    def _end_cancelled(self) -> Ending:
+        """End a run that a cold shutdown cut off after its message was acknowledged.
+
+        Celery stores RETRY and sends nothing (Request.cancel, celery.worker.request, 5.5-5.7): its callers would wait
+        for ever.
+        """
+        ending = stored_ending(self.app, self._type, self.id)
+        if ending is None:
+            error = WorkerLostError("the worker was shut down")
+            ending = Ending.failed(error)
+            store = self.store_errors
+            self.task.backend.mark_as_failure(self.id, error, request=self._context, store_result=store)
+        return ending
+
     def _end(self, engine: Engine, lease: Lease, ending: Ending, bus: EventBus) -> None:
         if not engine.coalescer.check(lease):
             # A retry after a lost worker (_retry_worker_lost, celery.worker.request, 5.7) has moved the run on already.
             return
         announce_outcome(self.app, lease, ending, bus)
-        end_run(self.app, engine.coalescer, lease, ending, bus)
+        end_run(engine, lease, ending, bus)
 
     def _settle(self) -> Lease | None:
         """Return the lease, once: whatever else Celery reports of this request is its echo."""
@@ -416,7 +441,10 @@ class CoalescedRequest(Request):
         return lease
 
     def _once_dead(self, report: Callable[[], None]) -> None:
-        """Report once the pool child that ran the body is gone: a hard time limit is announced before the process is killed."""
+        """Report once the pool child that ran the body is gone.
+
+        A hard time limit is announced before the process is killed.
+        """
         pid = self.worker_pid
         consumer = presence_of(self.app).consumer
         if pid is None or pid == os.getpid() or not is_alive(pid) or consumer is None:
@@ -444,3 +472,10 @@ class CoalescedRequest(Request):
 def _note_receipt(request: Any = None, **_: Any) -> None:
     if isinstance(request, CoalescedRequest):
         request._received = True
+
+
+def _is_stopping() -> bool:
+    """Return whether this worker has been told to stop, at once or when its tasks have ended."""
+    return any(
+        flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate)
+    )

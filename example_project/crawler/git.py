@@ -65,6 +65,6 @@ def read_log(directory: Path | str, depth: int) -> Iterator[LogEntry]:
     """
     layout = "--format=%H%x00%an%x00%at"
     log = git(directory, "log", "--no-show-signature", f"--max-count={depth}", layout)
-    for line in log.splitlines():
+    for line in log.rstrip("\n").split("\n"):  # a name may hold what else splitlines() splits at
         sha, author, seconds = line.split("\0")
         yield LogEntry(sha, author, datetime.fromtimestamp(int(seconds), timezone.utc))

@@ -41,8 +41,6 @@ def crawl(org_id: int, repo_id: int) -> None:
 def process(org_id: int) -> None:
     """Sum up all commits of an organisation."""
     commits = Commit.objects.filter(repository__organisation=org_id)
-    totals = commits.aggregate(
-        commits=Count("pk"), authors=Count("author", distinct=True), newest=Max("authored_at")
-    )
+    totals = commits.aggregate(commits=Count("pk"), authors=Count("author", distinct=True), newest=Max("authored_at"))
     time.sleep(settings.SIMULATED_LATENCY * 3)  # a real one has more to think about
     Summary.objects.update_or_create(organisation_id=org_id, defaults=totals)

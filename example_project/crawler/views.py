@@ -16,9 +16,7 @@ from .tasks import crawl
 @require_safe
 def organisations(request: HttpRequest) -> HttpResponse:
     """List all organisations with their summaries."""
-    listed = (
-        Organisation.objects.annotate(size=Count("repositories")).select_related("summary").order_by("name")
-    )
+    listed = Organisation.objects.annotate(size=Count("repositories")).select_related("summary").order_by("name")
     return render(request, "crawler/organisations.html", {"organisations": listed})
 
 

@@ -22,6 +22,7 @@ from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
 
 MakeApp = Callable[..., HarnessApp]
+Environment = dict[str, Any]
 
 EXAMPLE = ROOT / "example_project"
 CRAWL, PROCESS = "crawler.tasks.crawl", "crawler.tasks.process"
@@ -133,11 +134,11 @@ class TestStory:
         [
             (["--repo", "/"], {}, 1, "error: /: git rev-list: fatal: not a git repository"),
             ([], {"PATH": ""}, 1, "error: git is not installed"),
-            (["--crawls", "0"], {}, 2, "0 is not between 1 and 100"),
+            (["--crawls", "0"], {}, 2, "0 is not between 1 and 10"),
         ],
     )
     def test_says_what_keeps_it_from_starting(
-        self, tmp_path: Path, arguments: list[str], environment: dict[str, str], code: int, message: str
+        self, tmp_path: Path, arguments: list[str], environment: Environment, code: int, message: str
     ) -> None:
         """What is missing is named, before anything is started, and the exit code tells."""
         output = run(EXAMPLE / "story.py", *arguments, expected=code, TMPDIR=tmp_path, **environment)
@@ -147,9 +148,9 @@ class TestStory:
 
 
 @pytest.fixture(scope="module")
-def empty(state_server: ValkeyServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def empty(state_server: ValkeyServer, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """What the project is told: a broker, and a migrated database, which nobody adds to."""
-    environment = {
+    environment: Environment = {
         "CELERY_BROKER_URL": state_server.new_db(),
         "EXAMPLE_DATABASE": str(tmp_path_factory.mktemp("example") / "db.sqlite3"),
     }
@@ -158,7 +159,7 @@ def empty(state_server: ValkeyServer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def tracking(empty: dict[str, str], tmp_path: Path) -> dict[str, str]:
+def tracking(empty: Environment, tmp_path: Path) -> Environment:
     """The same with a database of its own, in which acme has two repositories of two commits."""
     environment = empty | {"EXAMPLE_DATABASE": str(tmp_path / "db.sqlite3")}
     shutil.copy(empty["EXAMPLE_DATABASE"], environment["EXAMPLE_DATABASE"])
@@ -177,25 +178,25 @@ def git(*arguments: str | Path) -> None:
 
 
 class TestPage:
-    def test_empty_page_says_how_to_begin(self, empty: dict[str, str]) -> None:
+    def test_empty_page_says_how_to_begin(self, empty: Environment) -> None:
         """Without an organisation the page names the command; it has colours for light and dark."""
         page = run("-c", SHOW, **empty)
         assert "manage.py track" in page
         assert "prefers-color-scheme: dark" in page
 
-    def test_track_refuses_what_is_no_repository(self, empty: dict[str, str], tmp_path: Path) -> None:
+    def test_track_refuses_what_is_no_repository(self, empty: Environment, tmp_path: Path) -> None:
         """One bad path, and nothing is added."""
         output = run("manage.py", "track", "acme", tmp_path, expected=1, **empty)
         assert "not a git repository" in output
         assert "acme" not in run("-c", SHOW, **empty)
 
-    def test_models_have_their_migrations(self, empty: dict[str, str]) -> None:
+    def test_models_have_their_migrations(self, empty: Environment) -> None:
         """Nothing is left for makemigrations."""
         run("manage.py", "makemigrations", "--check", "--dry-run", **empty)
 
     @pytest.mark.timeout(120)
     def test_button_crawls_each_repository_once_however_often_it_is_pressed(
-        self, tracking: dict[str, str], make_app: MakeApp
+        self, tracking: Environment, make_app: MakeApp
     ) -> None:
         """Presses before the worker is there collapse; a rolled back one never was."""
         with Monitor(make_app(tracking["CELERY_BROKER_URL"])) as monitor:

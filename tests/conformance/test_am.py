@@ -154,6 +154,7 @@ for value in values:
 """
 
 
+@pytest.mark.timeout(120)
 def test_am_8_the_mutex_holds_across_machines_and_processes(
     make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:

@@ -22,6 +22,8 @@ from tests.support.worker import WorkerProcess
 
 PATIENCE = 20  # seconds
 
+pytestmark = pytest.mark.timeout(120)  # RabbitMQ takes its time to start
+
 
 @dataclass(frozen=True)
 class Environment:

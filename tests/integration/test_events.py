@@ -10,15 +10,18 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import pytest
+import redis
 from celery.exceptions import TaskRevokedError, WorkerLostError
 
 from celery_coalesce import signals
 from celery_coalesce.errors import QueueFull
+from celery_coalesce.states import Outcome
 from tests.integration import watched
 from tests.support.app import HarnessApp
 from tests.support.app import make_app as _make_app
 from tests.support.events import Monitor
 from tests.support.journal import Event, Journal
+from tests.support.process import wait_until
 from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
 
@@ -91,6 +94,18 @@ def life(journal: Journal, key: str = "key") -> list[Event]:
 def order(journal: Journal, key: str = "key") -> list[str]:
     """Return the names of a key's signals, in their order."""
     return [event["event"].removeprefix("coalesce_") for event in life(journal, key)]
+
+
+def messages(app: HarnessApp, queue: str) -> int:
+    """Return how many messages wait in a queue of a Redis broker."""
+    with redis.Redis.from_url(app.conf.broker_url) as client:
+        return int(client.llen(queue))  # type: ignore[arg-type]
+
+
+def drains_left(app: HarnessApp) -> int:
+    """Return how many recorded drains nobody has announced."""
+    with redis.Redis.from_url(app.conf.broker_url) as client:
+        return int(client.zcard("{coalesce}:drains"))  # type: ignore[arg-type]
 
 
 def metadata(event: Event) -> dict[str, Any]:
@@ -220,6 +235,31 @@ class TestErrors:
         with pytest.raises(WorkerLostError):
             result.get(timeout=10)
 
+    @pytest.mark.parametrize("task", ["rerun_if_lost", "retried_if_lost"])
+    def test_killed_child_is_no_error_where_celery_runs_it_again(
+        self, task: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """Redelivered or retried, the run starts once more, and has one end."""
+        app.tasks[task].delay(journal.key(), gate="g")
+        first = journal.wait("start")
+        os.kill(first["pid"], signal.SIGKILL)
+        second = journal.wait("start", count=2)
+        journal.open("g", 2)
+        journal.wait("coalesce_drain")
+
+        assert order(journal) == ["start", "start", "success", "drain"]
+        assert first["coalesce_run_id"] == second["coalesce_run_id"]
+
+    def test_exception_that_can_not_be_printed_is_still_told(
+        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """Whatever the application's error does when it is shown."""
+        with Monitor(app) as monitor:
+            app.tasks["unprintable"].delay(journal.key())
+            monitor.wait("coalesce-drain")
+            kinds = [event["type"] for event in monitor.events("coalesce-", key=journal.key())]
+        assert kinds == ["coalesce-start", "coalesce-error", "coalesce-drain"]
+
 
 class TestTriggers:
     def test_trigger_tells_disposition_run_and_unused_arguments(
@@ -295,7 +335,7 @@ class TestSkips:
         journal.wait("coalesce_drain")
 
         assert order(journal) == ["start", "skip", "drain"]
-        assert life(journal)[1]["outcome"] == repr_of("skipped")
+        assert life(journal)[1]["outcome"] == repr(Outcome.SKIPPED)
         assert metadata(life(journal)[0]) == metadata(life(journal)[1])
 
     def test_revoked_before_its_start_is_a_skip(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
@@ -310,7 +350,7 @@ class TestSkips:
 
         assert order(journal) == ["start", "success", "skip", "drain"]
         skip = life(journal)[2]
-        assert (skip["outcome"], skip["run_id"]) == (repr_of("revoked"), pending.run_id)
+        assert (skip["outcome"], skip["run_id"]) == (repr(Outcome.REVOKED), pending.run_id)
         with pytest.raises(TaskRevokedError):
             pending.get(timeout=10)
 
@@ -325,7 +365,7 @@ class TestSkips:
         journal.wait("coalesce_drain")
 
         assert order(journal) == ["start", "success", "skip", "drain"]
-        assert life(journal)[2]["outcome"] == repr_of("expired")
+        assert life(journal)[2]["outcome"] == repr(Outcome.EXPIRED)
 
     def test_terminated_run_is_a_skip(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A run that is revoked while it runs has one end, `revoked`, and its session drains."""
@@ -335,7 +375,7 @@ class TestSkips:
         journal.wait("coalesce_drain")
 
         assert order(journal) == ["start", "skip", "drain"]
-        assert life(journal)[1]["outcome"] == repr_of("revoked")
+        assert life(journal)[1]["outcome"] == repr(Outcome.REVOKED)
 
     @pytest.mark.parametrize("followers", [0, 1])
     def test_replaced_by_another_kind_of_task_is_no_skip(
@@ -379,26 +419,68 @@ class TestSkips:
         assert (meta.key, meta.scope, meta.name) == (journal.key(), "queue", "queue")
         assert meta.session_id > 0
 
+    def test_session_that_somebody_else_clears_drains_where_it_is_watched(
+        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """An operator's process that has no receivers ends a session: the workers' receivers hear of its drain."""
+        queue = app.tasks["queue"]
+        queue.delay(journal.key(), gate="g")
+        started = journal.wait("start")
+        queue.apply_async((journal.key(),), queue="idle")
+        journal.open("g")
+        wait_until(lambda: messages(app, "idle"))
+        assert queue.clear_key(journal.key()) == 1
+
+        drain = journal.wait("coalesce_drain")
+        assert drain["session_id"] == started["coalesce_session_id"]
+        assert order(journal) == ["start", "success", "drain"]
+
 
 class TestDeaths:
-    @pytest.mark.parametrize("where", ["coalesce_start", "coalesce_success", "coalesce_drain", "take_drain"])
-    def test_session_drains_once_whenever_its_child_dies(
-        self, where: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    @pytest.mark.parametrize(
+        ("where", "ended"),
+        [
+            ("coalesce_start", "error"),
+            ("coalesce_success", "success"),
+            ("coalesce_drain", "success"),
+            ("take_drain", "success"),
+        ],
+    )
+    def test_session_drains_once_wherever_its_child_dies(
+        self, where: str, ended: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
     ) -> None:
-        """SIGKILL at any point around the end of the last run: one drain, late at most, never two."""
+        """SIGKILL at any point around the end of the last run: one end, and one drain, late at most."""
         key = f"kills:{where}"
         queue = app.tasks["queue"]
         result = queue.delay(journal.key(key), 1)
         journal.wait("coalesce_drain", timeout=10 + 2 * LEASE, key=key)
 
-        middle = [] if where == "coalesce_start" else ["success"]
-        ended = "error" if where == "coalesce_start" else "success"
-        assert order(journal, key) == ["start", ended, "drain"], middle
-        assert result.get(timeout=10, propagate=False) is not None
-        # The next session, which a late second drain would meet.
+        journal.wait("killed", key=key)
+        assert order(journal, key) == ["start", ended, "drain"]
+        assert isinstance(result.get(timeout=10, propagate=False), WorkerLostError if ended == "error" else int)
+        # A second drain would come before the next session, or be left for the sweep.
         queue.delay(journal.key(key), 2)
         journal.wait("coalesce_drain", count=2, key=key)
         assert order(journal, key) == ["start", ended, "drain", "start", "success", "drain"]
+        wait_until(lambda: not drains_left(app))
+
+    @pytest.mark.parametrize("where", ["coalesce_error", "coalesce_skip"])
+    def test_session_drains_once_if_the_child_dies_while_it_tells_the_end(
+        self, where: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """The parent, which can not know what was told, tells what Celery makes of it: the process was lost."""
+        key = f"kills:{where}"
+        if where == "coalesce_error":
+            app.tasks["queue"].delay(journal.key(key), error="broken")
+        else:
+            app.tasks["ignoring"].delay(journal.key(key))
+        journal.wait("coalesce_drain", key=key)
+
+        told = order(journal, key)
+        assert (told[0], told[1], told[-1]) == ("start", where.removeprefix("coalesce_"), "drain")
+        assert told.count("drain") == 1
+        assert set(told[2:-1]) <= {"error"}
+        wait_until(lambda: not drains_left(app))
 
 
 class TestReceivers:
@@ -439,53 +521,65 @@ class TestReceivers:
             signals.coalesce_trigger.disconnect(receive)
 
 
-def repr_of(outcome: str) -> str:
-    """Return an outcome as the journal has it."""
-    from celery_coalesce.states import Outcome
-
-    return repr(Outcome(outcome))
-
-
 class TestSweep:
-    def test_run_of_a_killed_worker_is_lost_and_failed(
+    def test_runs_of_a_killed_worker_are_lost(
         self, app: HarnessApp, worker: WorkerProcess, make_worker: MakeWorker, journal: Journal
     ) -> None:
-        """The sweep of another worker tells that the run was lost, and that this is an error; the follow-up runs."""
-        victim = make_worker(app, queues=["victim"], concurrency=1)
-        queue = app.tasks["queue"]
-        result = queue.apply_async((journal.key(),), {"gate": "never"}, queue="victim")
-        journal.wait("start")
-        queue.delay(journal.key(), 2)
-        victim.kill()
-        journal.wait("coalesce_drain", timeout=20)
+        """The sweep of another worker tells so, by signal and event: an error, or the run starts once more."""
+        victim = make_worker(app, queues=["victim"], include=INCLUDE)
+        with Monitor(app) as monitor:
+            failed = app.tasks["queue"].apply_async((journal.key("early"),), {"gate": "never"}, queue="victim")
+            app.tasks["queue_rerun"].apply_async((journal.key("late"),), {"gate": "late"}, queue="victim")
+            journal.wait("start", count=2)
+            app.tasks["queue"].delay(journal.key("early"), 2)
+            victim.kill()
+            journal.wait("coalesce_lost", count=2, timeout=20)
+            journal.open("late")
+            victim.restart()  # it alone consumes the queue of the run that starts again
+            for key in ("early", "late"):
+                journal.wait("coalesce_drain", key=key, timeout=20)
+            monitor.wait("coalesce-drain", count=2)
+            monitor.assert_healthy(worker.hostname, victim.hostname)
 
-        assert order(journal) == ["start", "lost", "error", "start", "success", "drain"]
-        start, lost, error = life(journal)[:3]
-        assert lost["again"] == "False"
-        assert "LeaseLost" in error["exception"]
+        assert order(journal, "early") == ["start", "lost", "error", "start", "success", "drain"]
+        start, lost, error = life(journal, "early")[:3]
+        assert (lost["again"], "LeaseLost" in error["exception"]) == ("False", True)
+        assert lost["token"] == error["token"] > start["token"]
         for event in (lost, error):
-            assert {**metadata(event), "token": 0} == {**metadata(start), "token": 0}
-            assert event["token"] > start["token"]
+            assert metadata(event) | {"token": 0} == metadata(start) | {"token": 0}
         with pytest.raises(WorkerLostError):
-            result.get(timeout=10)
+            failed.get(timeout=10)
 
-    def test_run_that_is_acknowledged_late_is_lost_and_runs_again(
+        assert order(journal, "late") == ["start", "lost", "start", "success", "drain"]
+        assert life(journal, "late")[1]["again"] == "True"
+        assert len({event["run_id"] for event in life(journal, "late")}) == 1
+
+        seen = monitor.events("coalesce-lost")
+        assert {(e["key"], e["again"], e["hostname"]) for e in seen} == {
+            (journal.key("early"), False, worker.hostname),
+            (journal.key("late"), True, worker.hostname),
+        }
+        assert len(seen) == 2
+
+    def test_slow_receiver_in_the_sweep_costs_nobody_a_lease(
         self, app: HarnessApp, worker: WorkerProcess, make_worker: MakeWorker, journal: Journal
     ) -> None:
-        """Where Celery would run it again nothing has failed: the run starts once more."""
-        victim = make_worker(app, queues=["victim"], concurrency=1)
-        task = app.tasks["queue_rerun"]
-        task.apply_async((journal.key(), 7), {"gate": "g"}, queue="victim")
-        journal.wait("start")
+        """While a receiver of one lost run takes its time, the sweeper's own runs stay its own."""
+        victim = make_worker(app, queues=["victim"], concurrency=1, include=INCLUDE)
+        key = "blocks:coalesce_lost"
+        app.tasks["queue"].apply_async((journal.key(key),), {"gate": "never"}, queue="victim")
+        app.tasks["queue"].delay(journal.key("alive"), gate="g")
+        journal.wait("start", count=2)
         victim.kill()
-        journal.wait("coalesce_lost", timeout=20)
+        journal.wait("blocked", timeout=20)
+        journal.assert_never("coalesce_lost", within=2 * LEASE, key="alive")
+        journal.open("receiver")
+        journal.wait("coalesce_drain", key=key)
         journal.open("g")
-        victim.restart()
-        journal.wait("coalesce_drain", timeout=20)
+        journal.wait("coalesce_drain", key="alive")
 
-        assert order(journal) == ["start", "lost", "start", "success", "drain"]
-        assert life(journal)[1]["again"] == "True"
-        assert len({event["run_id"] for event in life(journal)}) == 1
+        assert order(journal, "alive") == ["start", "success", "drain"]
+        assert order(journal, key) == ["start", "lost", "error", "drain"]
 
 
 class TestBus:
@@ -507,33 +601,24 @@ class TestBus:
             monitor.wait("coalesce-drain", key=journal.key("failing"))
             app.tasks["ignoring"].delay(journal.key("ignoring"))
             monitor.wait("coalesce-drain", key=journal.key("ignoring"))
+            keys = ["key", "failing", "ignoring"]
+            if pool in ("prefork", "gevent"):  # nothing stops the body elsewhere
+                app.tasks["queue"].delay(journal.key("terminated"), gate="never")
+                started = journal.wait("start", key="terminated")
+                app.control.revoke(started["task_id"], terminate=True)
+                monitor.wait("coalesce-drain", key=journal.key("terminated"))
+                keys.append("terminated")
+                assert order(journal, "terminated") == ["start", "skip", "drain"]
             monitor.assert_healthy(worker.hostname)
 
             told = [event for event in journal.events() if event["event"].startswith("coalesce_")]
             seen = monitor.events("coalesce-")
-            for key in ("key", "failing", "ignoring"):
+            for key in keys:
                 ours = [event for event in told if event["key"] == key]
                 theirs = [event for event in seen if event["key"] == journal.key(key)]
                 assert [e["event"].replace("_", "-") for e in ours] == [e["type"] for e in theirs]
                 assert [metadata(e) for e in ours] == [metadata(e) for e in theirs]
             assert {event["hostname"] for event in seen} == {worker.hostname}
-
-    def test_lost_run_is_on_the_bus(self, make_watched: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
-        """What the sweep tells comes from the worker that swept."""
-        app = make_watched()
-        sweeper = make_worker(app, concurrency=1, wait=False)
-        victim = make_worker(app, queues=["victim"], concurrency=1)
-        sweeper.wait_ready()
-        with Monitor(app) as monitor:
-            app.tasks["queue"].apply_async((journal.key(),), {"gate": "never"}, queue="victim")
-            journal.wait("start")
-            victim.kill()
-            monitor.wait("coalesce-drain", timeout=20)
-            kinds = [event["type"] for event in monitor.events("coalesce-")]
-            assert kinds == ["coalesce-start", "coalesce-lost", "coalesce-error", "coalesce-drain"]
-            assert monitor.events("coalesce-lost")[0]["again"] is False
-            assert monitor.events("coalesce-lost")[0]["hostname"] == sweeper.hostname
-            monitor.assert_healthy(sweeper.hostname, victim.hostname)
 
     def test_worker_without_task_events_sends_none_until_asked(
         self, make_watched: MakeApp, make_worker: MakeWorker, journal: Journal
@@ -592,3 +677,12 @@ class TestBus:
                     assert {name: event[name] for name in told} == told
                 assert "unused" not in events[0]
                 assert events[1]["unused"] == repr(([journal.key(), 0], {}))
+
+    def test_unused_arguments_on_the_bus_are_bounded(self, make_watched: MakeApp, journal: Journal) -> None:
+        """As those of Celery's own events: a monitor is not sent whatever an application calls with."""
+        app = make_watched(task_send_sent_event=True)
+        with Monitor(app) as monitor:
+            app.tasks["queue"].delay(journal.key(), "x" * 1_000_000)
+            app.tasks["queue"].delay(journal.key(), 2)
+            unused = monitor.wait("coalesce-trigger", count=2)["unused"]
+        assert len(unused) < 10_000

@@ -12,10 +12,12 @@ from celery_coalesce.coalescer import HOURLY, UNPUBLISHED_AGAIN
 from celery_coalesce.errors import StoreError
 from celery_coalesce.records import (
     Accepted,
+    ClearedKey,
     Finished,
     Followers,
     Known,
     MergeWanted,
+    RolledBack,
     RunMeta,
 )
 from celery_coalesce.states import Answer, Disposition, RunState
@@ -694,7 +696,8 @@ class TestRollback:
     def test_a_dispatch_nobody_joined_is_taken_back(self, drive: Driver) -> None:
         """dispatched -> (none)."""
         accepted = drive.trigger(1)
-        assert drive.engine.rollback(drive.state(), accepted.run, accepted.task_id) == ()
+        back = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        assert (back.sent, back.drained) == ((), None)
         assert drive.left() == []
 
     def test_a_delayed_dispatch_is_taken_back(self, drive: Driver) -> None:
@@ -707,7 +710,7 @@ class TestRollback:
         """dispatched -> dispatched, tried again after a minute."""
         accepted = drive.trigger(1)
         drive.trigger(2)
-        assert drive.engine.rollback(drive.state(), accepted.run, accepted.task_id) == ()
+        assert drive.engine.rollback(drive.state(), accepted.run, accepted.task_id) == RolledBack()
         assert near(drive.timer(accepted.run), UNPUBLISHED_AGAIN)
         assert drive.shown()[accepted.run]["unpublished"]
         drive.store.twice = False
@@ -729,9 +732,9 @@ class TestRollback:
         lease = drive.run(drive.trigger(1, limit=2))
         accepted = drive.trigger(2, limit=2)
         assert not drive.finish(lease, drain=drive.drain_meta(lease)).drained
-        drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        back = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
         assert drive.shown() == {}
-        assert drive.client.zcard(drive.names.drains) == 1
+        assert (back.drained, back.last_index) == (int(lease.session), 0)
 
     def test_a_run_that_has_started_stays(self, drive: Driver) -> None:
         """The publish was reported to have failed, and had not."""
@@ -745,8 +748,8 @@ class TestRollback:
         accepted = drive.trigger(1, coalesce="serialize")
         drive.trigger(2, coalesce="serialize")
         drive.store.twice = False
-        sent = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
-        assert values(sent) == [2]
+        back = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        assert values(back.sent) == [2]
 
 
 class TestWake:
@@ -1004,8 +1007,9 @@ class TestClear:
         drive = make_driver()
         lease = drive.run(drive.trigger(1))
         pending = drive.trigger(2, given={"follower": b"f", "call": b"call"})
-        cleared, sent = drive.engine.clear("task", "k")
-        assert sent == []
+        reply = drive.engine.clear("task", "k")
+        cleared = reply.told_here
+        assert (reply.count, reply.sent) == (1, ())
         assert [(run.lease.run, run.lease.task_id, run.call) for run in cleared] == [
             (pending.run, pending.task_id, b"call")
         ]
@@ -1021,7 +1025,7 @@ class TestClear:
         """dispatched -> cleared: whoever gets its message lets it go."""
         drive = make_driver()
         accepted = drive.trigger(1)
-        cleared, _ = drive.engine.clear("task", "k")
+        cleared = drive.engine.clear("task", "k").told_here
         assert len(cleared) == 1
         assert drive.start(drive.envelope(accepted)).answer is Answer.GONE
         fresh = drive.trigger(2)
@@ -1034,7 +1038,7 @@ class TestClear:
         """The session's drain says which key has drained, also when the last of it was cleared."""
         drive = make_driver()
         drive.trigger(1)
-        cleared, _ = drive.engine.clear("task", "k")
+        cleared = drive.engine.clear("task", "k").told_here
         meta = RunMeta.of(cleared[0].lease)
         assert (meta.key, meta.scope, meta.name) == ("k", "task", "task")
 
@@ -1042,7 +1046,7 @@ class TestClear:
         """cleared -> told by another, who has a newer token."""
         drive = make_driver()
         accepted = drive.trigger(1)
-        cleared, _ = drive.engine.clear("task", "k")
+        cleared = drive.engine.clear("task", "k").told_here
         woken = drive.engine.wake(drive.past(accepted.run))
         assert woken.cleared is not None
         assert woken.cleared.lease.task_id == accepted.task_id
@@ -1056,9 +1060,9 @@ class TestClear:
         first = drive.trigger(1, task="a", scope="s", coalesce="serialize")
         drive.trigger(2, task="b", scope="s", coalesce="serialize")
         third = drive.trigger(3, task="a", scope="s", coalesce="serialize")
-        cleared, sent = drive.engine.clear("s", "k", "a")
-        assert {run.lease.run for run in cleared} == {first.run, third.run}
-        assert values(sent) == [2]
+        reply = drive.engine.clear("s", "k", "a")
+        assert {run.lease.run for run in reply.told_here} == {first.run, third.run}
+        assert values(reply.sent) == [2]
 
     @pytest.mark.parametrize("many", [40, 2500])
     def test_many_are_cleared_in_pages(self, make_driver: MakeDriver, many: int) -> None:
@@ -1077,7 +1081,7 @@ class TestClear:
             return reply
 
         drive.store.call = arrive  # type: ignore[method-assign]
-        cleared, _ = drive.engine.clear("task", "k")
+        cleared = drive.engine.clear("task", "k").told_here
         assert len(cleared) == many
         pages = sum(script == "clear" for script, *_ in drive.store.calls)
         assert pages > 1 or many < 500
@@ -1088,7 +1092,7 @@ class TestClear:
 
     def test_clearing_an_idle_key_does_nothing(self, drive: Driver) -> None:
         """Nothing is there, nothing is made."""
-        assert drive.engine.clear("task", "k") == ([], [])
+        assert drive.engine.clear("task", "k") == ClearedKey(0, (), ())
         assert drive.left() == []
 
 

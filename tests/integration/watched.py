@@ -1,6 +1,7 @@
 """Tasks and receivers for tests that watch: included by their workers, defined in the test process too.
 
-The receivers read off a key what they are to do: `raises:...` raises in every one, `kills:<where>:...` kills its own process once.
+The receivers read off a key what they are to do: `raises:...` raises in every one, `kills:<where>` kills the
+process once, `blocks:<where>` waits at the gate "receiver".
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def define(app: Celery) -> None:
     for name, body in (("ignoring", ignoring), ("replaced", replaced)):
         app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>")(body)
     app.task(name="replaced_by", bind=True, base=CoalescedTask, coalesce_key="<key>", coalesce_scope="replaced")(work)
+    for name, body, options in (
+        ("rerun_if_lost", work, {"acks_late": True, "reject_on_worker_lost": True}),
+        ("retried_if_lost", work, {"retry_on_worker_lost": True, "default_retry_delay": 0}),
+        ("unprintable", unprintable, {}),
+    ):
+        app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
     app.task(name="whole", bind=True, base=CoalescedTask)(whole)
 
 
@@ -52,6 +59,21 @@ def whole(self: Task, key: str) -> None:
         pass
 
 
+class Unprintable(Exception):
+    """An error whose own representation fails."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("not to be printed")
+
+    __str__ = __repr__
+
+
+def unprintable(self: Task, key: str) -> None:
+    """Fail with an error that can not be printed."""
+    with recorded(self, key):
+        raise Unprintable
+
+
 def _misbehave(meta: Any = None, signal: Any = None, **_: Any) -> None:
     try:
         journal, key = journal_of(meta.key)
@@ -63,6 +85,9 @@ def _misbehave(meta: Any = None, signal: Any = None, **_: Any) -> None:
         raise RuntimeError(f"a receiver of {signal.name} raises")
     if what == "kills" and where == signal.name:
         _kill_once(journal, key)
+    if what == "blocks" and where == signal.name:
+        journal.record("blocked", key=key)
+        journal.pass_gate("receiver", timeout=60)
 
 
 def _kill_once(journal: Journal, key: str) -> None:

@@ -108,6 +108,6 @@ class Monitor:
 
 
 def _matches(each: Event, kind: str | None, match: Event) -> bool:
-    if kind is not None and not (each["type"] == kind or kind.endswith("-") and each["type"].startswith(kind)):
+    if kind is not None and each["type"] != kind and not (kind.endswith("-") and each["type"].startswith(kind)):
         return False
     return all(each.get(name) == value for name, value in match.items())

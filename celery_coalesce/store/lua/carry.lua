@@ -1,7 +1,8 @@
 -- Carries the triggers that had joined a revoked run over to a new run of the key.
 --
 -- KEYS: record, waiting, meta, timers
--- ARGV: asked (JSON: state, nonce, run, task_id, new_task_id, redispatch), call (without the revoked caller's own callbacks)
+-- ARGV: asked (JSON: state, nonce, run, task_id, new_task_id, redispatch), call (without the revoked caller's own
+--   callbacks)
 -- Returns: dispatched, envelopes to publish; or gone
 -- Transition: dispatched -> (none), and its joined triggers -> dispatched | pending
 -- Order: the new run before the old one goes.

@@ -2,8 +2,8 @@
 --
 -- KEYS: record, waiting, meta, timers, presence, held of the dead, held of the sweeper
 -- ARGV: asked (JSON: state, nonce, run, owner, sweeper, lease, redispatch)
--- Returns: dispatched, envelopes to publish, and the lost lease's: token, session, index, attempt, triggers, key, scope, task id, task;
---          or lost, new token, and the same, call; or alive, grace, gone
+-- Returns: dispatched, envelopes to publish, and the lost lease's: token, session, index, attempt, triggers, key,
+--   scope, task id, task; or lost, new token, and the same, call; or alive, grace, gone
 -- Transition: running (late ack) -> dispatched; running -> running under the sweeper, which ends it
 -- Order: the new holder's index before the old one's goes.
 --# include record

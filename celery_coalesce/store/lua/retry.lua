@@ -10,7 +10,7 @@ local head = read_head()
 local run = head and read_run(asked.run)
 if not run or run.state ~= 'running' or run.token ~= asked.token then
   if run and run.state == 'retrying' and run.retried == asked.token then
-    return {'retrying', {envelope(run, math.max(run.due - now, 0))}}
+    return {'retrying', run.unsent and {} or {envelope(run, math.max(run.due - now, 0))}}
   end
   return {'lost'}
 end

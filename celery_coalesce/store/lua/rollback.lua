@@ -2,7 +2,8 @@
 --
 -- KEYS: record, waiting, meta, timers
 -- ARGV: asked (JSON: state, nonce, run, task_id, redispatch, again)
--- Returns: ended, envelopes to publish, session ('' unless it drained after runs), last run index; or unpublished; or gone
+-- Returns: ended, envelopes to publish, session ('' unless it drained after runs), last run index; or unpublished;
+--   or gone
 -- Transition: dispatched | pending -> (none); or dispatched -> dispatched, to be published again
 -- Order: one run is forgotten, or one timer moved.
 --# include record

@@ -2,13 +2,14 @@
 --
 -- KEYS: record, waiting, meta, timers, presence, held
 -- ARGV: asked (JSON: state, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch)
--- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, mode, changed args
---          or early, ms; carry, call; or pending, duplicate, gone, unknown
+-- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, mode,
+--   changed args or early, ms; carry, call; or pending, duplicate, gone, unknown
 -- Transition: dispatched | retrying | pending and due -> running
 -- Order: the holder's index before the run, so that a running run is always found from its dead holder.
 --# include record
 
--- A run that the record does not know has ended, unless its number is from before the store, or a part of it, was lost.
+-- A run that the record does not know has ended, unless its number is from before the store, or a part of it, was
+-- lost.
 local function lost_or_ended()
   local stored = redis.call('HMGET', meta, 'since', 'server')
   local since = tonumber(stored[1] or '') or math.huge

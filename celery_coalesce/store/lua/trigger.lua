@@ -1,10 +1,11 @@
 -- Accepts a call.
 --
 -- KEYS: record, waiting, meta, timers
--- ARGV: asked (JSON: state, nonce, task_id, task, mode, limit, max_queued, overflow, rule, scope, store, redispatch, soon
---       and, where given: delay or due, ttl or expires, within, base and target, watch), key, args, call, follower
--- Returns: disposition, run, task id, state, delay of the message in ms (-1: none), replaced args, envelopes to publish
---          or: merge, run, version, args
+-- ARGV: asked (JSON: state, nonce, task_id, task, mode, limit, max_queued, overflow, rule, scope, store,
+--   redispatch, soon and, where given: delay or due, ttl or expires, within, base and target, watch), key, args,
+--   call, follower
+-- Returns: disposition, run, task id, state, delay of the message in ms (-1: none), replaced args, envelopes to
+--   publish or: merge, run, version, args
 -- Transition: idle -> dispatched | pending; pending -> pending; dispatched -> dispatched; busy -> pending
 -- Order: the run before the head, so that the head never names a run that is not there.
 --# include record

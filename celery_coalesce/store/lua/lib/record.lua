@@ -1,6 +1,7 @@
 -- The record of one key, as every transition reads and writes it.
 --
--- Scripts that include this take, as their first four KEYS, the record, its waiting runs, the namespace's numbers and its
+-- Scripts that include this take, as their first four KEYS, the record, its waiting runs, the namespace's numbers
+-- and its
 -- timers, and as ARGV[1] a JSON object with at least `state` (the state id, which names the key in the timers).
 
 local VERSION = 1
@@ -27,7 +28,8 @@ local function server_id()
   return type(info) == 'string' and info:match('run_id:(%w+)') or ''
 end
 
--- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers grow
+-- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that
+-- numbers grow
 -- even over a loss of the store, or of a part of it.
 local function mint()
   local last = redis.call('HGET', meta, 'last')

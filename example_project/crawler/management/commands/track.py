@@ -21,9 +21,7 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("organisation")
-        parser.add_argument(
-            "paths", nargs="+", type=Path, metavar="PATH", help="a git repository on this machine"
-        )
+        parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a git repository on this machine")
 
     @transaction.atomic
     def handle(self, organisation: str, paths: list[Path], **options: Any) -> None:
@@ -34,7 +32,5 @@ class Command(BaseCommand):
                 count = count_commits(path)
             except GitError as error:
                 raise CommandError(str(error)) from error
-            Repository.objects.update_or_create(
-                organisation=owner, name=path.name, defaults={"path": str(path)}
-            )
+            Repository.objects.update_or_create(organisation=owner, name=path.name, defaults={"path": str(path)})
             self.stdout.write(f"{organisation}/{path.name}: {count} commits")

@@ -1,0 +1,225 @@
+"""What coalescing costs, counted in round trips to the state server: never measured in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import redis
+
+from celery_coalesce import QueueFull, signals
+from celery_coalesce.store.scripts import SCRIPTS, script
+from tests.integration.counting import CountingProxy
+from tests.support.app import HarnessApp, make_app
+from tests.support.journal import Journal
+from tests.support.process import HOST, wait_until
+from tests.support.servers import ValkeyServer
+from tests.support.worker import WorkerProcess
+
+
+@dataclass
+class Counted:
+    """An app and its worker, each with a counted way to the state server.
+
+    Attributes:
+        calls: What this process asks.
+        runs: What the worker's parent and children ask.
+        broker: What this process asks of the broker, which is another server.
+    """
+
+    app: HarnessApp
+    calls: CountingProxy
+    runs: CountingProxy
+    broker: CountingProxy
+
+    def forget(self) -> None:
+        """Start to count anew."""
+        for proxy in (self.calls, self.runs, self.broker):
+            proxy.forget()
+
+
+@pytest.fixture(scope="module")
+def warm(journal_server: ValkeyServer, state_server: ValkeyServer) -> Iterator[Counted]:
+    """A worker that beats so slowly that no beat comes in between, and servers that know every script."""
+    with (
+        ValkeyServer() as state,
+        CountingProxy(state.port) as calls,
+        CountingProxy(state.port) as runs,
+        CountingProxy(state_server.port) as broker,
+    ):
+        with state.client() as client:
+            for name in SCRIPTS:
+                client.script_load(script(name).text)
+        url = state_server.new_db()
+        slow = {"coalesce_lease": 3600, "coalesce_redispatch_after": 3600, "task_send_sent_event": False}
+        ours = {**slow, "coalesce_redis_url": f"redis://{HOST}:{calls.port}/0"}
+        theirs = {**slow, "coalesce_redis_url": f"redis://{HOST}:{runs.port}/0"}
+        # Without -E and receivers: what is asked is asked by the runs alone.
+        with (
+            make_app(url.replace(str(state_server.port), str(broker.port)), url, ours) as app,
+            WorkerProcess(
+                "tests.integration.silent", broker=url, backend=url, conf=theirs, concurrency=1, events=False
+            ),
+        ):
+            app.tasks["queue"].delay(f"{uuid.uuid4().hex[:8]}:warm", 1).get(timeout=20)
+            app.tasks["work"].delay(f"{uuid.uuid4().hex[:8]}:warm", 1).get(timeout=20)
+            yield Counted(app, calls, runs, broker)
+
+
+@pytest.fixture
+def counted(warm: Counted, journal: Journal) -> Counted:
+    """The warm worker, with nothing to do."""
+    idle(warm)
+    warm.forget()
+    return warm
+
+
+def idle(counted: Counted) -> None:
+    """Wait until no run holds a slot: its result is there a moment before its end is reported."""
+    with redis.Redis(port=counted.calls.target_port) as client:
+        wait_until(lambda: not list(client.scan_iter(match="{coalesce}:rec:*", count=1000)))
+
+
+def test_a_trigger_is_one_round_trip_beside_the_publish(counted: Counted, journal: Journal) -> None:
+    """idle -> dispatched."""
+    queue = counted.app.tasks["queue"]
+    plain = counted.app.tasks["work"]
+    plain.delay(journal.key("plain"))
+    journal.wait("end", key="plain")
+    published = counted.broker.counted()
+    counted.forget()
+
+    queue.delay(journal.key(), 1, gate="g")
+
+    assert counted.calls.counted() == {"EVALSHA": 1}
+    assert counted.calls.round_trips == 1
+    assert counted.broker.counted() == published  # as a plain task's
+
+
+def test_a_coalesced_trigger_is_one_round_trip_and_no_publish(counted: Counted, journal: Journal) -> None:
+    """Nothing goes to the broker."""
+    queue = counted.app.tasks["queue"]
+    queue.delay(journal.key(), 1, gate="g")
+    journal.wait("start", key="key")
+    queue.delay(journal.key(), 2)
+    counted.forget()
+
+    for value in range(3, 13):
+        assert queue.delay(journal.key(), value).coalesced
+
+    assert counted.calls.counted() == {"EVALSHA": 10}
+    assert counted.calls.round_trips == 10
+    assert counted.broker.counted() == {}
+
+
+@pytest.mark.parametrize("name", ["skip", "reject"])
+def test_a_refused_trigger_is_one_round_trip_and_no_publish(
+    counted: Counted, journal: Journal, name: str
+) -> None:
+    """Skipped or rejected."""
+    task = counted.app.tasks[name]
+    task.delay(journal.key(), 1, gate="g")
+    journal.wait("start", key="key")
+    if name == "reject":
+        task.delay(journal.key(), 2)
+    counted.forget()
+
+    with contextlib.suppress(QueueFull):
+        task.delay(journal.key(), 3)
+
+    assert counted.calls.counted() == {"EVALSHA": 1}
+    assert counted.broker.counted() == {}
+
+
+def test_an_exempt_call_asks_nothing(counted: Counted, journal: Journal) -> None:
+    """`coalesce_key=None`: a plain Celery call."""
+    counted.app.tasks["queue"].apply_async((journal.key(), 1), coalesce_key=None).get(timeout=20)
+    assert counted.calls.counted() == {}
+    assert counted.runs.counted() == {}
+
+
+def test_a_run_is_a_start_and_a_finish(counted: Counted, journal: Journal) -> None:
+    """One question of the parent, one of the child, where nobody listens."""
+    for n in range(3):
+        counted.app.tasks["queue"].delay(journal.key(f"k{n}"), 1).get(timeout=20)
+    idle(counted)
+    assert counted.runs.counted() == {"EVALSHA": 6}
+    assert counted.runs.round_trips == 6
+
+
+def test_a_follow_up_costs_the_same(counted: Counted, journal: Journal) -> None:
+    """It is dispatched by the finish of the run before."""
+    queue = counted.app.tasks["queue"]
+    queue.delay(journal.key(), 1, gate="g")
+    journal.wait("start", key="key")
+    last = queue.delay(journal.key(), 2)
+    journal.open("g")
+    last.get(timeout=20)
+    idle(counted)
+    assert counted.runs.counted() == {"EVALSHA": 4}
+
+
+def test_a_failing_run_costs_the_same(counted: Counted, journal: Journal) -> None:
+    """Its end is a finish too."""
+    result = counted.app.tasks["queue"].delay(journal.key(), error="boom")
+    with pytest.raises(RuntimeError, match="boom"):
+        result.get(timeout=20)
+    idle(counted)
+    assert counted.runs.counted() == {"EVALSHA": 2}
+
+
+def test_a_retried_run_costs_two_more(counted: Counted, journal: Journal) -> None:
+    """A retry in the place of the finish, and a start."""
+    counted.app.tasks["queue_retry"].delay(journal.key(), times=1, value=5).get(timeout=20)
+    idle(counted)
+    assert counted.runs.counted() == {"EVALSHA": 4}
+
+
+def test_callbacks_cost_one_check(counted: Counted, journal: Journal) -> None:
+    """Before anything is called in the key's name, the lease is asked for."""
+    link = counted.app.tasks["collect"].s(key=journal.key("link"))
+    counted.app.tasks["queue"].apply_async((journal.key(), 1), link=link)
+    journal.wait("end", key="link", timeout=20)
+    idle(counted)
+    assert counted.runs.counted() == {"EVALSHA": 3}
+
+
+def test_followers_cost_one_finish_more(counted: Counted, journal: Journal) -> None:
+    """However many there are, up to a hundred."""
+    queue = counted.app.tasks["queue"]
+    queue.delay(journal.key(), 1, gate="g")
+    journal.wait("start", key="key")
+    results = [queue.apply_async((journal.key(), n), task_id=f"{journal.name}-{n}") for n in range(20)]
+    journal.open("g")
+    assert [result.get(timeout=20) for result in results] == [19] * 20
+    idle(counted)
+    # start and finish of the first; start, finish that asks for the followers to be told, and finish of the second
+    assert counted.runs.counted() == {"EVALSHA": 5}
+
+
+def test_a_foreign_message_is_admitted_by_one_more(counted: Counted, journal: Journal) -> None:
+    """`send_task`: the gate makes the trigger."""
+    counted.app.send_task("queue", (journal.key(), 1)).get(timeout=20)
+    idle(counted)
+    assert counted.calls.counted().get("EVALSHA", 0) == 0
+    assert counted.runs.counted() == {"EVALSHA": 3}
+
+
+def test_a_receiver_of_the_trigger_costs_nothing_more(counted: Counted, journal: Journal) -> None:
+    """What it is told comes with the reply."""
+    told: list[Any] = []
+
+    def receiver(meta: Any, **given: Any) -> None:
+        told.append(meta)
+
+    signals.coalesce_trigger.connect(receiver)
+    try:
+        counted.app.tasks["queue"].delay(journal.key(), 1)
+    finally:
+        signals.coalesce_trigger.disconnect(receiver)
+    assert len(told) == 1
+    assert counted.calls.counted() == {"EVALSHA": 1}
