@@ -268,13 +268,16 @@ class Coalescer:
                 return found
             found += reply[1:]
 
-    def finish(self, lease: Lease, *, told: int = 0, drain: RunMeta | None = None) -> Finished | Followers | None:
+    def finish(
+        self, lease: Lease, *, told: int = 0, drain: RunMeta | None = None, announced: bool = True
+    ) -> Finished | Followers | None:
         """End a run and pass its slot on.
 
         Args:
             lease: The run's lease.
             told: How many of its followers have been told.
-            drain: What the session's drain is announced with, if anybody listens.
+            drain: What the session's drain is announced with, if anybody may listen.
+            announced: Whether the caller announces it, and the sweep only if the caller dies.
 
         Returns:
             Followers that are still to be told, before the call is made again; what was dispatched into the slot; or
@@ -286,8 +289,7 @@ class Coalescer:
             "token": lease.token,
             "told": told,
             "redispatch": self.timing.redispatch,
-            "lease": self.timing.lease,
-            "watch": drain is not None or None,
+            "announce_in": (self.timing.lease if announced else 0) if drain is not None else None,
         }
         keys = (*names.record(lease.state), names.held(lease.owner), names.drains)
         blob = json.dumps(asdict(drain)).encode() if drain is not None else b""

@@ -82,14 +82,16 @@ def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told
     Raises:
         StoreUnavailable: The run goes on being this lease's; call again.
     """
-    drain = RunMeta.of(lease) if signals.is_watched(signals.coalesce_drain, bus) else None
+    watched = signals.is_watched(signals.coalesce_drain, bus)
+    # A producer that clears a key knows nothing of who listens elsewhere: a worker announces that drain.
+    drain = RunMeta.of(lease) if watched or bus.hostname is None else None
     while True:
-        reply = engine.coalescer.finish(lease, told=told, drain=drain)
+        reply = engine.coalescer.finish(lease, told=told, drain=drain, announced=watched)
         if reply is None:
             return False
         if isinstance(reply, Finished):
             publish_all(engine, reply.sent)
-            if reply.drain:
+            if reply.drain and watched:
                 announce_drain(engine, reply.drain, bus)
             return True
         for blob in reply.blobs:

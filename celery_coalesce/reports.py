@@ -97,6 +97,9 @@ def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = N
         return
     ending = _ending(task, run, retval, state)
     if ending is not None:
+        if state in (states.RETRY, REJECTED):
+            # No failure to Celery's signals: this is the first that anybody hears of it.
+            announce_outcome(task.app, run.lease, ending, run.bus)
         _report(partial(_end, task, run, ending))
 
 

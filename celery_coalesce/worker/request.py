@@ -28,7 +28,7 @@ from celery.worker.request import Request
 from .. import signals
 from ..calls import HEADER, decode, encode, follower_of, message_call, moment, without_callbacks
 from ..dispatch import publish_all
-from ..endings import Ending, announce_end, announce_outcome, end_run, stored_ending
+from ..endings import Ending, announce_outcome, end_run, stored_ending
 from ..engine import Engine, engine_of
 from ..errors import CoalesceError, QueueFull, StoreUnavailable
 from ..keys import state_id
@@ -64,6 +64,8 @@ class CoalescedRequest(Request):
     _received = False
     #: The gate has sent the request on, or away.
     _decided = False
+    #: The pool process has returned the attempt's end, and lives on.
+    _returned = False
     #: The prefetch count that was raised while the gate keeps the message back.
     _held_from: Any = None
 
@@ -157,8 +159,6 @@ class CoalescedRequest(Request):
             self._release()
             publish_all(engine, sent)
         elif answer is not Answer.UNKNOWN:
-            if answer is Answer.GONE:
-                announce_end(self._bus(), self.id, Ending(Outcome.REVOKED))
             self._drop(answer.value)
         return answer
 
@@ -227,7 +227,6 @@ class CoalescedRequest(Request):
             self._join(policy, key, accepted)
             return True
         if accepted is None:
-            announce_end(self._bus(), self.id, Ending(Outcome.REVOKED))
             self._drop(Answer.GONE.value)
             return True
         attempt = accepted.attempt if isinstance(accepted, Known) else 0
@@ -304,6 +303,13 @@ class CoalescedRequest(Request):
         )
         worker_state.task_ready(self)
         self.acknowledge()
+        # Monitors wait for the end of what they saw arrive. Both states rank below those of a run of the same id that
+        # goes on, or has ended (celery.events.state). In line with the message's own events, which the dispatcher of a
+        # worker buffers.
+        if why == Answer.GONE:
+            self.send_event("task-revoked", terminated=False, signum=None, expired=False)
+        else:
+            self.send_event("task-rejected", requeue=False)
 
     def _fail(self, error: Exception) -> None:
         """End a message that can not be admitted as Celery ends a task that raised."""
@@ -354,6 +360,8 @@ class CoalescedRequest(Request):
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Report the end of a run whose process can not: killed, terminated, out of time."""
+        # What the process itself returned ends the attempt, not the process.
+        self._returned = return_ok
         super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         if return_ok or self._lease is None:
             return
@@ -447,7 +455,7 @@ class CoalescedRequest(Request):
         """
         pid = self.worker_pid
         consumer = presence_of(self.app).consumer
-        if pid is None or pid == os.getpid() or not is_alive(pid) or consumer is None:
+        if self._returned or pid is None or pid == os.getpid() or not is_alive(pid) or consumer is None:
             report()
             return
         consumer.timer.call_after(DEATH_AGAIN, self._once_dead, (report,))

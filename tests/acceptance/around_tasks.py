@@ -48,6 +48,7 @@ def define(app: Celery) -> None:
     task(beating, name="beating_late", acks_late=True)
     task(beating, name="beating_rerun", acks_late=True, reject_on_worker_lost=True)
     task(deaf)
+    task(nesting)
     task(exiting)
     task(order, pydantic=True, coalesce_key="<order.key>")
     task(calling)
@@ -94,6 +95,15 @@ def exiting(self: Task, key: str) -> None:
     """End the process from within, as a crash would."""
     with recorded(self, key):
         os._exit(3)
+
+
+def nesting(self: Task, key: str, inner: bool = False) -> Any:
+    """Call itself and another task as functions, and `.apply()` one."""
+    if inner:
+        return "inner"
+    with recorded(self, key):
+        other = self.app.tasks["queue"]
+        return [self(key, True), other(f"{key}-other", "inner"), other.apply((f"{key}-other", "inner")).get()]
 
 
 def order(self: Task, order: Order, gate: str | None = None) -> Order:

@@ -215,7 +215,9 @@ def test_am_9_two_checkouts_at_once_never_both_deduct(
 
     user, careless = journal.key("user"), journal.key("careless")
     orders = both(user)
-    journal.wait("read", key="user", timeout=PATIENCE)
+    first = journal.wait("start", key="user", timeout=PATIENCE)
+    [other] = [order for order in orders if order.id != first["task_id"]]
+    journal.assert_never("start", task_id=other.id)
     journal.open("g")
     journal.wait("read", key="user", count=2, timeout=PATIENCE)
     journal.open("g")

@@ -250,6 +250,23 @@ class TestErrors:
         assert order(journal) == ["start", "start", "success", "drain"]
         assert first["coalesce_run_id"] == second["coalesce_run_id"]
 
+    @pytest.mark.parametrize(("task", "given"), [("rejecting", {"requeue": False}), ("retried_by_hand", {})])
+    def test_end_that_celery_does_not_call_a_failure_is_an_error(
+        self, task: str, given: dict[str, Any], app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """A rejected run, and one whose retry nobody has sent, have failed: told once."""
+        app.tasks[task].apply_async((journal.key(),), given)
+        journal.wait("coalesce_drain")
+        app.tasks[task].apply_async((journal.key("after"),), given)
+        journal.wait("coalesce_drain", key="after")
+        assert order(journal) == ["start", "error", "drain"]
+
+    def test_requeued_run_starts_again(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
+        """`Reject(requeue=True)` ends nothing."""
+        app.tasks["rejecting"].delay(journal.key(), requeue=True)
+        journal.wait("coalesce_drain")
+        assert order(journal) == ["start", "start", "success", "drain"]
+
     def test_exception_that_can_not_be_printed_is_still_told(
         self, app: HarnessApp, worker: WorkerProcess, journal: Journal
     ) -> None:

@@ -233,6 +233,14 @@ def test_bare_ignore_ends(app: HarnessApp, flower: FlowerProcess, journal: Journ
     flower.wait_states({first.id: "SUCCESS", message.id: "SUCCESS"})
 
 
+@pytest.mark.parametrize("requeue", [True, False])
+def test_rejected_runs_end(requeue: bool, app: HarnessApp, flower: FlowerProcess, journal: Journal) -> None:
+    """Given back to the broker, or given up."""
+    result = app.tasks["rejecting"].delay(journal.key(), requeue=requeue)
+    journal.wait("coalesce_drain")
+    flower.wait_states({result.id: "SUCCESS" if requeue else "FAILURE"})
+
+
 @pytest.mark.parametrize("how", ["work", "replaced_by", "ignoring"])
 def test_replaced_runs_end(how: str, app: HarnessApp, flower: FlowerProcess, journal: Journal) -> None:
     """By a plain task, by one of the same key, and by one of another key."""

@@ -12,7 +12,7 @@ import signal as signals_of_the_system
 from typing import Any
 
 from celery import Celery, Task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Reject, Retry
 
 import celery_coalesce.signals
 from celery_coalesce import CoalescedTask
@@ -32,6 +32,8 @@ def define(app: Celery) -> None:
         ("rerun_if_lost", work, {"acks_late": True, "reject_on_worker_lost": True}),
         ("retried_if_lost", work, {"retry_on_worker_lost": True, "default_retry_delay": 0}),
         ("unprintable", unprintable, {}),
+        ("rejecting", rejecting, {"acks_late": True}),
+        ("retried_by_hand", retried_by_hand, {}),
     ):
         app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
     app.task(name="whole", bind=True, base=CoalescedTask)(whole)
@@ -72,6 +74,19 @@ def unprintable(self: Task, key: str) -> None:
     """Fail with an error that can not be printed."""
     with recorded(self, key):
         raise Unprintable
+
+
+def rejecting(self: Task, key: str, requeue: bool) -> None:
+    """Raise `Reject`, the first time."""
+    with recorded(self, key) as journal:
+        if len(journal.events("start", task_id=self.request.id)) == 1:
+            raise Reject("no", requeue=requeue)
+
+
+def retried_by_hand(self: Task, key: str) -> None:
+    """Raise what `self.retry()` raises, having sent nothing."""
+    with recorded(self, key):
+        raise Retry("by hand")
 
 
 def _misbehave(meta: Any = None, signal: Any = None, **_: Any) -> None:

@@ -1,7 +1,7 @@
 -- Ends a run, once its followers have been told, and passes its slot on.
 --
 -- KEYS: record, waiting, meta, timers, held, drains
--- ARGV: asked (JSON: state, run, token, told, redispatch, lease, watch), drain (what the drain is announced with)
+-- ARGV: asked (JSON: state, run, token, told, redispatch, announce_in (ms)), drain (what the drain is announced with)
 -- Returns: followers, follower ...; or ended, 1 if drained, envelopes to publish; or lost
 -- Transition: running | cleared -> (none); pending -> dispatched; last run -> drained
 -- Order: the drain is put aside before the record goes, the holder's index goes last: until then the run is found.
@@ -36,7 +36,7 @@ local function finish()
   end
   local drained, sent = forget(head, run)
   if drained then
-    if asked.watch then redis.call('ZADD', KEYS[6], whole(now + asked.lease), ARGV[2]) end
+    if asked.announce_in then redis.call('ZADD', KEYS[6], whole(now + asked.announce_in), ARGV[2]) end
   else
     note_dispatched(head, asked.token, sent)
   end
