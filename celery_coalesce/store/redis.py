@@ -46,10 +46,11 @@ __all__ = ["RedisStore", "connect"]
 logger = logging.getLogger("celery_coalesce")
 
 #: Seconds for one answer of the server.
-SOCKET_TIMEOUT = 5.0
+SOCKET_TIMEOUT = 3.0
 #: Seconds for one connection.
 CONNECT_TIMEOUT = 3.0
-#: How often a call is tried again after a broken connection. Transitions are idempotent, so a lost reply does no harm.
+#: How often a call is tried again after a broken connection; not after a timeout, which has cost enough by then.
+#: Transitions are idempotent, so a lost reply does no harm.
 RETRIES = 2
 
 OLDEST_REDIS = (6, 2)
@@ -205,8 +206,7 @@ def _options() -> dict[str, Any]:
     return {
         "socket_timeout": SOCKET_TIMEOUT,
         "socket_connect_timeout": CONNECT_TIMEOUT,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES),
-        "retry_on_error": [RedisConnectionError, RedisTimeoutError],
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES, supported_errors=(RedisConnectionError,)),
         "decode_responses": False,
         # RESP3's greeting fails on a server that is too old, before it can be refused by its version.
         "protocol": 2,
@@ -228,9 +228,7 @@ def _from_url(url: str) -> Callable[[], Client]:
     scheme = parts.scheme
     if scheme in {"redis+cluster", "rediss+cluster"}:
         plain = scheme.split("+")[0] + url[len(scheme) :]
-        options = _options()
-        del options["retry_on_error"]
-        return lambda: RedisCluster.from_url(plain, **options)
+        return lambda: RedisCluster.from_url(plain, **_options())
     scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(scheme, scheme)
     if scheme not in {"redis", "rediss", "unix"}:
         raise SettingError("coalesce_redis_url", _shown(url), f"has the unknown scheme {scheme!r}", URL_REMEDY)

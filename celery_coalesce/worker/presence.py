@@ -103,10 +103,13 @@ class PresenceThread:
         self._app = worker.app
         #: Unique for this process, on any machine and for ever. The pid is the second to last part.
         self.owner = f"{worker.hostname}/{os.getpid()}/{uuid4().hex[:8]}"
+        #: The store could not be reached when it was last asked.
+        self.store_away = False
         self._leases: dict[str, tuple[Lease, int | None]] = {}
         self._dead: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
+        self._wake_beat = threading.Event()
         self._wake_sweep = threading.Event()
         self._sweep_at = 0.0
 
@@ -115,7 +118,12 @@ class PresenceThread:
         """The worker's consumer, ``None`` before it is there."""
         return getattr(self._worker, "consumer", None)
 
-    # -- what the gate tells -----------------------------------------------------------------------------------------
+    # -- what the gate asks and tells ---------------------------------------------------------------------------------
+
+    def noticed_away(self) -> None:
+        """Note that the store could not be reached; the heartbeat notices when it is back."""
+        self.store_away = True
+        self._wake_beat.set()
 
     def leased(self, lease: Lease) -> None:
         """Note a lease that hangs from this process."""
@@ -143,6 +151,7 @@ class PresenceThread:
         except StoreUnavailable as error:
             # As with a broker that is not there yet: the worker waits for it.
             self._log_away(error)
+            self.store_away = True
             wait = AWAY_AGAIN
         for name, step in (("heartbeat", self._beat), ("sweep", self._look)):
             thread = threading.Thread(target=self._run, args=(step, wait), name=f"celery-coalesce-{name}", daemon=True)
@@ -154,6 +163,7 @@ class PresenceThread:
         if self._ended.is_set():
             return
         self._ended.set()
+        self._wake_beat.set()
         self._wake_sweep.set()
         for thread in self._threads:
             thread.join(timeout=5)
@@ -169,9 +179,10 @@ class PresenceThread:
 
     def _run(self, step: Callable[[], float], wait: float) -> None:
         """Take a step again and again, each after the seconds that the last one named."""
-        pause = self._ended if step == self._beat else self._wake_sweep
+        wake = self._wake_beat if step == self._beat else self._wake_sweep
         while not self._ended.is_set():
-            pause.wait(wait)
+            wake.wait(wait)
+            wake.clear()
             if self._ended.is_set():
                 return
             try:
@@ -190,14 +201,18 @@ class PresenceThread:
         """Renew the presence, and have the sweep look when something is due before the next beat."""
         coalescer = engine_of(self._app).coalescer
         interval = coalescer.timing.heartbeat / 1000
-        overdue_in = coalescer.heartbeat(self.owner)
+        try:
+            overdue_in = coalescer.heartbeat(self.owner)
+        except StoreUnavailable:
+            self.store_away = True
+            raise
+        self.store_away = False
         self._sweep_at = time.monotonic() + (interval if overdue_in is None else min(overdue_in / 1000, interval))
         self._wake_sweep.set()
         return interval
 
     def _look(self) -> float:
         """Do what is overdue; return the seconds until something may be."""
-        self._wake_sweep.clear()
         wait = self._sweep_at - time.monotonic()
         if wait > 0:
             return wait

@@ -83,6 +83,10 @@ class CoalescedRequest(Request):
             # broker brings it again.
             self._release()
             return True
+        if presence_of(self.app).store_away:
+            # The heartbeat asks whether the store is back: the worker's event loop does not wait for it.
+            self._hold(GATE_AGAIN)
+            return True
         with self._gate() as engine:
             return self._admit(engine)
         return True
@@ -93,10 +97,11 @@ class CoalescedRequest(Request):
 
     @contextlib.contextmanager
     def _gate(self) -> Iterator[Engine]:
-        """Keep the message if the store is away, or if whatever went wrong may go right later."""
+        """Keep the message if the store is away; fail it if it can not be admitted."""
         try:
             yield engine_of(self.app)
         except StoreUnavailable as error:
+            presence_of(self.app).noticed_away()
             logger.warning(
                 "Task %s[%s] waits for the state server: %s",
                 self.name,

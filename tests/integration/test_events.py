@@ -692,14 +692,5 @@ class TestBus:
                 for event, each in zip(events, seen, strict=True):
                     told = each["meta"].as_dict()
                     assert {name: event[name] for name in told} == told
-                assert "unused" not in events[0]
-                assert events[1]["unused"] == repr(([journal.key(), 0], {}))
-
-    def test_unused_arguments_on_the_bus_are_bounded(self, make_watched: MakeApp, journal: Journal) -> None:
-        """As those of Celery's own events: a monitor is not sent whatever an application calls with."""
-        app = make_watched(task_send_sent_event=True)
-        with Monitor(app) as monitor:
-            app.tasks["queue"].delay(journal.key(), "x" * 1_000_000)
-            app.tasks["queue"].delay(journal.key(), 2)
-            unused = monitor.wait("coalesce-trigger", count=2)["unused"]
-        assert len(unused) < 10_000
+                # What an application calls with may be large, or secret: for receivers in the process alone.
+                assert all("unused" not in event for event in events)

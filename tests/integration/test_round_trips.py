@@ -117,9 +117,7 @@ def test_a_coalesced_trigger_is_one_round_trip_and_no_publish(counted: Counted, 
 
 
 @pytest.mark.parametrize("name", ["skip", "reject"])
-def test_a_refused_trigger_is_one_round_trip_and_no_publish(
-    counted: Counted, journal: Journal, name: str
-) -> None:
+def test_a_refused_trigger_is_one_round_trip_and_no_publish(counted: Counted, journal: Journal, name: str) -> None:
     """Skipped or rejected."""
     task = counted.app.tasks[name]
     task.delay(journal.key(), 1, gate="g")

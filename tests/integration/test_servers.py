@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -25,10 +25,14 @@ from tests.support.rabbit import RabbitServer
 from tests.support.servers import RedisServer, Sentinel, ValkeyCluster, ValkeyServer
 from tests.support.worker import WorkerProcess
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 MakeApp = Callable[..., HarnessApp]
 MakeWorker = Callable[..., WorkerProcess]
 
-PASSWORD = "s3cret-p@ss:word/1"  # noqa: S105 - of servers that live for a test
+#: Of servers that live for a test.
+PASSWORD = "s3cret-p@ss:word/1"
 QUOTED = "s3cret-p%40ss%3Aword%2F1"
 PLAIN = "s3cret+plain"
 
@@ -101,14 +105,14 @@ def of_tls_url(request: pytest.FixtureRequest) -> Iterator[Place]:
 @contextlib.contextmanager
 def of_sentinel_broker(request: pytest.FixtureRequest) -> Iterator[Place]:
     """A broker behind a Sentinel, with a password."""
-    with Sentinel(password="pw") as sentinel:  # noqa: S106
+    with Sentinel(password="pw") as sentinel:
         yield Place([sentinel.client()], sentinel.url(), None, {**sentinel.conf})
 
 
 @contextlib.contextmanager
 def of_sentinel_url(request: pytest.FixtureRequest) -> Iterator[Place]:
     """`coalesce_redis_url="sentinel://..."`, in its second database."""
-    with Sentinel(password="pw") as sentinel:  # noqa: S106
+    with Sentinel(password="pw") as sentinel:
         address = f"sentinel://:pw@{HOST}:{sentinel.sentinel.port}"
         url = f"sentinel://{HOST}:{free_port()};{address}/{sentinel.master_name}?db=2"
         yield Place([sentinel.client(2)], conf={"coalesce_redis_url": url})
@@ -125,7 +129,7 @@ def of_cluster(request: pytest.FixtureRequest) -> Iterator[Place]:
 @contextlib.contextmanager
 def of_unix_socket_url(request: pytest.FixtureRequest) -> Iterator[Place]:
     """`coalesce_redis_url="unix://..."`, with a password."""
-    with ValkeyServer(password="pw") as server:  # noqa: S106
+    with ValkeyServer(password="pw") as server:
         url = f"unix://:pw@{server.unix_socket}?db=3"
         yield Place([server.client(3)], conf={"coalesce_redis_url": url})
 
@@ -251,7 +255,7 @@ class Server:
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -367,7 +371,7 @@ class TestWhatCanNotBeUsed:
         """`redis+cluster://` where `redis://` is meant."""
         url = state_server.url().replace("redis://", "redis+cluster://")
         app = make_app(conf={"coalesce_redis_url": url})
-        with pytest.raises((SettingError, StoreUnavailable), match="[Cc]luster"):
+        with pytest.raises((SettingError, StoreUnavailable), match=r"[Cc]luster"):
             call(app)
 
     def test_no_redis_anywhere(self, make_app: MakeApp) -> None:

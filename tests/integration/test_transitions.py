@@ -1149,7 +1149,7 @@ class TestStoreErrors:
         """Somebody else's key under our name."""
         drive = make_driver()
         drive.client.set(drive.names.record(drive.state())[0], "text")
-        with pytest.raises(StoreError, match="test server refused.*wrong kind of value"):
+        with pytest.raises(StoreError, match=r"test server refused.*wrong kind of value"):
             drive.trigger(1)
 
     def test_a_record_of_a_newer_version_is_refused_clearly(self, make_driver: MakeDriver) -> None:
@@ -1163,7 +1163,7 @@ class TestStoreErrors:
             1,
             record,
         )
-        with pytest.raises(StoreError, match="newer celery-coalesce.*99"):
+        with pytest.raises(StoreError, match=r"newer celery-coalesce.*99"):
             drive.trigger(2)
         with pytest.raises(StoreError, match="newer celery-coalesce"):
             drive.start(drive.envelope(accepted))

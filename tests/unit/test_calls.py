@@ -263,7 +263,7 @@ class TestTimes:
         expected = int(aware.timestamp() * 1000)
         assert moment(app, aware) == expected
         assert moment(app, aware.isoformat()) == expected
-        assert moment(app, datetime(2026, 1, 2, 12)) == expected
+        assert moment(app, aware.replace(tzinfo=None)) == expected
         assert moment(app, aware.astimezone(timezone(timedelta(hours=5)))) == expected
 
     def test_an_eta_header_is_read_as_it_was_meant(self, app: Celery) -> None:

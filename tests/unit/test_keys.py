@@ -101,7 +101,7 @@ class TestBinding:
 
     def test_none_is_refused_with_the_remedy(self) -> None:
         """None is more often a mistake than a key."""
-        with pytest.raises(InvalidKey, match="'org_id' of the key .* is None; pass coalesce_key=None"):
+        with pytest.raises(InvalidKey, match=r"'org_id' of the key .* is None; pass coalesce_key=None"):
             key("org:<org_id>", None)
 
     @pytest.mark.parametrize(("value", "text"), [(0, "0"), (False, "False"), ("", ""), (1.5, "1.5")])

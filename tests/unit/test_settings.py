@@ -181,13 +181,10 @@ class TestUnknown:
 
 
 class TestWhereTheyComeFrom:
-    @pytest.mark.parametrize("kind", ["module", "class", "mapping", "old names"])
+    @pytest.mark.parametrize("kind", ["module", "class", "mapping"])
     def test_a_config_object(self, make_app: MakeApp, kind: str) -> None:
         """`config_from_object`, of any kind."""
         given: dict[str, Any] = {"coalesce_lease": 5, "broker_url": "redis://localhost/0"}
-        if kind == "old names":
-            # Celery's old setting names are upper case, and of one case only in one object.
-            given = {"broker_url": "redis://localhost/0", "COALESCE_LEASE": 5}
         config: Any = given
         if kind == "module":
             config = types.ModuleType("config")
@@ -196,14 +193,7 @@ class TestWhereTheyComeFrom:
             config = type("Config", (), given)
         app = make_app()
         app.config_from_object(config)
-        if kind == "old names":
-            # As Celery itself: without a namespace, an upper-case name is another name, or refused.
-            try:
-                assert Settings.of(app).lease in (5, 30)
-            except ImproperlyConfigured:
-                pass
-        else:
-            assert Settings.of(app).lease == 5
+        assert Settings.of(app).lease == 5
 
     def test_django_settings(self, make_app: MakeApp) -> None:
         """`namespace="CELERY"`: upper case and prefixed; the project's own names are not ours."""
