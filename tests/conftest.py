@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from pytest_celery import CeleryTestSetup  # type: ignore[import-untyped]
 
 pytest.register_assert_rewrite("tests.support")
 
@@ -95,10 +96,19 @@ def app(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator[Ha
 
 
 @pytest.fixture(scope="session")
-def worker(app: HarnessApp) -> Iterator[WorkerProcess]:
+def shared_setup(app: HarnessApp, state_server: ValkeyServer) -> Iterator[CeleryTestSetup]:
+    """pytest-celery's set-up of the shared app, its broker and result backend, and a prefork worker."""
+    from tests.support.local_celery import setup_over
+
+    with WorkerProcess.serving(app, concurrency=4) as process:
+        yield setup_over(app, state_server, process)
+
+
+@pytest.fixture(scope="session")
+def worker(shared_setup: CeleryTestSetup) -> WorkerProcess:
     """The shared prefork worker."""
-    with WorkerProcess.serving(app, concurrency=4) as worker:
-        yield worker
+    process: WorkerProcess = shared_setup.worker.container.process
+    return process
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from celery import Celery, Task
+from celery.result import allow_join_result
 from pydantic import BaseModel
 
 from celery_coalesce import CoalescedTask
@@ -48,6 +49,7 @@ def define(app: Celery) -> None:
     task(beating, name="beating_late", acks_late=True)
     task(beating, name="beating_rerun", acks_late=True, reject_on_worker_lost=True)
     task(deaf)
+    task(sometimes_exempt, coalesce_key=lambda key, exempt=False: None if exempt else key)
     task(nesting)
     task(exiting)
     task(order, pydantic=True, coalesce_key="<order.key>")
@@ -103,7 +105,15 @@ def nesting(self: Task, key: str, inner: bool = False) -> Any:
         return "inner"
     with recorded(self, key):
         other = self.app.tasks["queue"]
-        return [self(key, True), other(f"{key}-other", "inner"), other.apply((f"{key}-other", "inner")).get()]
+        with allow_join_result():
+            applied = other.apply((f"{key}-other", "inner")).get()
+        return [self(key, True), other(f"{key}-other", "inner"), applied]
+
+
+def sometimes_exempt(self: Task, key: str, exempt: bool = False) -> str:
+    """A call that may have no key."""
+    with recorded(self, key):
+        return "ran"
 
 
 def order(self: Task, order: Order, gate: str | None = None) -> Order:
@@ -133,7 +143,7 @@ def calling(self: Task, key: str, gate: str | None = None, other: str | None = N
     """Call another coalesced task from the body."""
     with recorded(self, key) as journal:
         result = self.app.tasks["tell"].delay(other)
-        journal.record("called", key=key.partition(":")[2], task_id=result.id, disposition=result.disposition)
+        journal.record("called", key=key.partition(":")[2], task_id=result.id)
         if gate:
             journal.pass_gate(gate)
     return result.id

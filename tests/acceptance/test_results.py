@@ -253,6 +253,16 @@ class TestRpc:
 
         assert result.get(timeout=20) == [2, 2, 2]
 
+    def test_chains_that_meet_on_one_key_answer(self, remote: Any, journal: Journal) -> None:
+        """The last step's result reaches the caller of each chain."""
+        app, _ = remote
+        held(app, journal)
+        multiply = app.tasks["multiply"]
+        results = [chain(app.tasks["queue"].si(journal.key(), n), multiply.s(10)).apply_async() for n in (1, 2)]
+        journal.open("a")
+
+        assert [result.get(timeout=20) for result in results] == [20, 20]
+
     def test_retried_run_answers(self, remote: Any, journal: Journal) -> None:
         """The reply queue of the call survives a retry."""
         app, _ = remote

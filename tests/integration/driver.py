@@ -30,6 +30,7 @@ from celery_coalesce.records import (
 )
 from celery_coalesce.states import Answer
 from celery_coalesce.store.redis import RedisStore
+from tests.support.process import wait_until
 
 #: Fields of `meta` that belong to the namespace, not to a key.
 RESTS = {"meta"}
@@ -154,6 +155,13 @@ class Driver:
         fields["times"] = {name: time for name, time in times.items() if time is not None}
         return self.engine.trigger(self.policy(task, **options), Trigger(key=key, **fields), merging)
 
+    def follow(self, many: int) -> None:
+        """Make calls that join, each with a follower of its own: b"1" and on."""
+        twice, self.store.twice = self.store.twice, False
+        for n in range(1, many + 1):
+            self.trigger(n, given={"follower": b"%d" % n})
+        self.store.twice = twice
+
     def state(self, key: str = "k", scope: str = "task") -> str:
         """Return a key's state id."""
         return state_id(scope, key)
@@ -257,6 +265,11 @@ class Driver:
         return float(seconds * 1000 + micros / 1000)
 
     # The clock goes on
+
+    def pass_time(self, milliseconds: float) -> None:
+        """Wait until the server's clock has gone on."""
+        end = self.clock() + milliseconds
+        wait_until(lambda: self.clock() >= end)
 
     def past(self, run: str, key: str = "k", scope: str = "task") -> str:
         """Let a run's timer be over, and return its name in the timers."""

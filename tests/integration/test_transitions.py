@@ -348,7 +348,8 @@ class TestDelays:
         delayed = drive.trigger(1, coalesce="serialize", given={"delay": 60})
         second = drive.trigger(2, coalesce="serialize")
         lease = drive.run(first)
-        started = wait_until(lambda: (s := drive.start(drive.envelope(delayed))).answer is not Answer.EARLY and s)
+        drive.pass_time(61)
+        started = drive.start(drive.envelope(delayed))
         assert started.answer is Answer.PENDING
         assert drive.timer(delayed.run) is None
         assert drive.waiting() == [delayed.run, second.run]
@@ -357,7 +358,8 @@ class TestDelays:
     def test_a_due_run_starts_where_its_slot_is_free(self, drive: Driver) -> None:
         """pending and due -> running."""
         delayed = drive.trigger(1, given={"delay": 60})
-        started = wait_until(lambda: (s := drive.start(drive.envelope(delayed))).answer is not Answer.EARLY and s)
+        drive.pass_time(61)
+        started = drive.start(drive.envelope(delayed))
         assert started.answer is Answer.RUNNING
         drive.finish(started.lease)
         assert drive.shown() == {}
@@ -477,8 +479,7 @@ class TestFinish:
     def test_followers_come_in_slices_and_are_crossed_off(self, drive: Driver) -> None:
         """250 followers: 100, 100, 50; the run goes on until the last was told."""
         accepted = drive.trigger(0)
-        for n in range(1, 251):
-            drive.trigger(n, given={"follower": b"%d" % n})
+        drive.follow(250)
         lease = drive.run(accepted)
         slices = drive.finish_all(lease)
         assert [len(each) for each in slices] == [100, 100, 50]
@@ -489,8 +490,7 @@ class TestFinish:
     def test_followers_that_were_told_are_not_told_again_by_another(self, drive: Driver) -> None:
         """Whoever takes over tells the rest, and the last slice at most once more."""
         accepted = drive.trigger(0)
-        for n in range(1, 151):
-            drive.trigger(n, given={"follower": b"%d" % n})
+        drive.follow(150)
         lease = drive.run(accepted)
         reply = drive.engine.finish(lease)
         assert isinstance(reply, Followers)
@@ -515,8 +515,7 @@ class TestFinish:
     def test_all_followers_can_be_read_before_the_end(self, drive: Driver) -> None:
         """A replacement takes them all with it."""
         accepted = drive.trigger(0)
-        for n in range(1, 221):
-            drive.trigger(n, given={"follower": b"%d" % n})
+        drive.follow(220)
         lease = drive.run(accepted)
         followers = drive.engine.followers(lease)
         assert followers is not None
@@ -1064,7 +1063,7 @@ class TestClear:
         assert {run.lease.run for run in reply.told_here} == {first.run, third.run}
         assert values(reply.sent) == [2]
 
-    @pytest.mark.parametrize("many", [40, 2500])
+    @pytest.mark.parametrize("many", [40, 700])
     def test_many_are_cleared_in_pages(self, make_driver: MakeDriver, many: int) -> None:
         """A page at a time; what arrives meanwhile is not cleared, and FIFO goes on with it."""
         drive = make_driver()

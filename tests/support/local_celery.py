@@ -20,6 +20,7 @@ from pytest_celery import (  # type: ignore[import-untyped]
     CeleryBrokerCluster,
     CeleryTestBackend,
     CeleryTestBroker,
+    CeleryTestSetup,
     CeleryTestWorker,
     CeleryWorkerCluster,
 )
@@ -141,6 +142,18 @@ class LocalWorker(CeleryTestWorker):
 
 def _number(given: str | int) -> int:
     return signal.Signals[given] if isinstance(given, str) else given
+
+
+def setup_over(app: HarnessApp, server: RedisServer, worker: WorkerProcess) -> CeleryTestSetup:
+    """Return pytest-celery's set-up over a running worker and the server that is its broker and result backend."""
+    identity = uuid.uuid4().hex[:12]
+    container: Any = LocalWorkerContainer(worker, identity)
+    return CeleryTestSetup(
+        worker_cluster=CeleryWorkerCluster(LocalWorker(container, app)),
+        broker_cluster=CeleryBrokerCluster(CeleryTestBroker(LocalServer(server))),
+        backend_cluster=CeleryBackendCluster(CeleryTestBackend(LocalServer(server))),
+        app=app,
+    )
 
 
 SERVERS = {"valkey": ValkeyServer, "redis": RedisServer, "rabbit": RabbitServer}
