@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Task, current_app, shared_task
 from celery.app.task import Context
+from celery.canvas import maybe_signature
 
 from .endings import Ending, tell_follower
 from .signals import EventBus
 from .states import Outcome
 
 if TYPE_CHECKING:
+    from celery import Celery
     from celery.canvas import Signature
 
-__all__ = ["complete_with"]
+__all__ = ["complete_followers", "complete_with"]
 
 COMPLETE = "celery_coalesce.complete"
 FAIL = "celery_coalesce.fail"
@@ -44,6 +46,13 @@ def complete_with(bus: EventBus, sig: Signature, followers: Sequence[bytes]) -> 
     }
     sig.link(bus.app.signature(COMPLETE, kwargs=given))
     sig.link_error(bus.app.signature(FAIL, kwargs=given))
+
+
+def complete_followers(app: Celery, links: Sequence[Any], value: Any) -> None:
+    """Call those of a task's links that complete followers."""
+    for link in links:
+        if link.get("task") == COMPLETE:
+            maybe_signature(link, app=app).apply_async((value,))
 
 
 def _tell(bus: EventBus, followers: list[str], ending: Ending) -> None:

@@ -18,7 +18,7 @@ from celery import states
 from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr
 
-from . import signals
+from . import replacements, signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
@@ -151,6 +151,8 @@ def _complete_ignored(task: Any, run: Run) -> None:
             request.id,
             extra={"action": "ignored_result_failed", "task_id": request.id},
         )
+    # An ignored task calls no links, but those that complete another run's followers wait for this one.
+    replacements.complete_followers(task.app, request.callbacks or (), None)
     announce_end(run.bus, request.id, Ending(Outcome.SKIPPED))
 
 

@@ -13,7 +13,7 @@ from celery.exceptions import Ignore
 
 from . import replacements
 from .calling import Call
-from .calls import HEADER
+from .calls import HEADER, is_rpc
 from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all
 from .endings import tell_cleared
@@ -208,7 +208,8 @@ class CoalescedTask(Task):
         if run is None or self.request.is_eager:
             return super().on_replace(sig)
         if self._takes_over(run, sig):
-            options = dict(sig.options)
+            # The caller's own reply queue, for rpc://: Celery would give the replacement the worker's.
+            options = {"reply_to": self.request.reply_to, **sig.options}
             run.next_attempt = NextAttempt(sig.task, sig.args, sig.kwargs, options)
             raise Ignore("Replaced by the same key's task, once this attempt has ended")
         followers = run.coalescer.followers(run.lease)
@@ -216,6 +217,8 @@ class CoalescedTask(Task):
             run.lost = True
             raise Ignore("The lease was lost")
         run.handed_on = len(followers)
+        if is_rpc(self._get_app()):
+            sig.set(reply_to=self.request.reply_to)
         if followers:
             replacements.complete_with(run.bus, sig, followers)
         return super().on_replace(sig)

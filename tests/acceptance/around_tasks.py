@@ -40,7 +40,7 @@ def define(app: Celery) -> None:
         base = options.pop("base", CoalescedTask)
         if issubclass(base, CoalescedTask):
             options.setdefault("coalesce_key", "<key>")
-        app.task(name=name, bind=True, base=base, **options)(body)
+        app.task(shared=False, name=name, bind=True, base=base, **options)(body)
 
     task(tell)
     task(tell, name="tell_plain", base=Task)
@@ -60,8 +60,8 @@ def define(app: Celery) -> None:
     task(work, name="skip_late", coalesce="skip", acks_late=True)
     task(work, name="serialize_late", coalesce="serialize", acks_late=True)
     task(work, name="not_on_failure", acks_late=True, acks_on_failure_or_timeout=False)
-    app.task(name="errback", bind=False)(errback)
-    app.task(name="multiply")(multiply)
+    app.task(shared=False, name="errback", bind=False)(errback)
+    app.task(shared=False, name="multiply")(multiply)
 
 
 def tell(self: Task, key: str, gate: str | None = None) -> dict[str, Any]:

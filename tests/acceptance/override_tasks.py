@@ -113,7 +113,7 @@ def define(app: Celery) -> None:
         "on_django": OnDjango,
         "django_first": DjangoFirst,
     }.items():
-        app.task(name=name, bind=True, base=base, coalesce_key="<key>")(_work)
+        app.task(shared=False, name=name, bind=True, base=base, coalesce_key="<key>")(_work)
     app.register_task(ClassBased())
     app.register_task(Derived())
 

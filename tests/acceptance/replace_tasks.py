@@ -17,7 +17,7 @@ def define(app: Celery) -> None:
 
     def task(body: Any, **options: Any) -> None:
         name = options.pop("name", body.__name__)
-        app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
+        app.task(shared=False, name=name, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
 
     task(replaced_by_itself)
     task(replaced_by_another, coalesce_scope="shared")

@@ -16,7 +16,7 @@ def define(app: Celery) -> None:
     """Register the tasks with an app."""
 
     def task(body: Any, **options: Any) -> None:
-        app.task(name=body.__name__, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
+        app.task(shared=False, name=body.__name__, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
 
     task(retry_and_go_on)
     task(retry_automatically, autoretry_for=(RuntimeError,), max_retries=2, default_retry_delay=0)

@@ -80,6 +80,21 @@ def spread_copies(client: Any, source: str, *targets: str, each: int) -> None:
         client.lpush(target, json.dumps(message))
 
 
+def envelope_of(key: str, result: Any) -> Envelope:
+    """Return what the message of a new run of `queue` says."""
+    return Envelope(
+        state=state_id("queue", key),
+        run=str(result.run_id),
+        task_id=result.id,
+        task="queue",
+        attempt=0,
+        version=0,
+        delay=0,
+        args=encode([[key], {}], "json"),
+        call=b"",
+    )
+
+
 def test_du_1_the_first_trigger_is_dispatched_with_a_new_id(
     app: HarnessApp, worker: WorkerProcess, journal: Journal
 ) -> None:
@@ -213,6 +228,19 @@ def test_du_6_a_pending_run_waits_for_a_live_lease_even_if_slots_are_idle(
     journal.open("a")
     assert (first.get(timeout=PATIENCE), second.get(timeout=PATIENCE)) == (1, 2)
     assert_no_overlap(journal.events())
+
+
+def test_du_6_a_live_lease_can_not_be_taken_away(make_app: MakeApp, journal: Journal) -> None:
+    """A sweep that looks at a live worker's lease, by mistake or too late, leaves it alone."""
+    app = make_app()
+    coalescer, key = engine_of(app).coalescer, journal.key()
+    envelope = envelope_of(key, app.tasks["queue"].delay(key))
+    for late in (True, False):
+        lease = coalescer.start(envelope, owner=f"worker/1/{late}", claim="a", late=late, revoked=False).lease
+        assert lease is not None
+        assert coalescer.lose(lease.ref, lease.owner, "sweeper/2/x") is None
+        assert coalescer.check(lease)
+        coalescer.requeue(lease)
 
 
 def test_du_7_skip_and_queue_calls_may_be_mixed_on_one_key(
@@ -590,17 +618,7 @@ def test_du_16_every_transition_refuses_an_old_token(make_app: MakeApp, journal:
     app = make_app()
     coalescer, key = engine_of(app).coalescer, journal.key()
     result = app.tasks["queue"].delay(key)
-    envelope = Envelope(
-        state=state_id("queue", key),
-        run=str(result.run_id),
-        task_id=result.id,
-        task="queue",
-        attempt=0,
-        version=0,
-        delay=0,
-        args=encode([[key], {}], "json"),
-        call=b"",
-    )
+    envelope = envelope_of(key, result)
 
     def claim(owner: str) -> Lease:
         started = coalescer.start(envelope, owner=f"{owner}/1/x", claim=owner, late=True, revoked=False)

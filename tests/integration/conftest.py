@@ -24,8 +24,12 @@ def make_driver(state_server: ValkeyServer) -> Iterator[Callable[..., Driver]]:
             return drivers[-1]
 
         yield make
-        for driver in drivers:
-            driver.drop()
+        try:
+            for driver in drivers:
+                driver.end_all()
+        finally:
+            for driver in drivers:
+                driver.drop()
 
 
 @pytest.fixture(params=["once", "twice"])

@@ -1,7 +1,8 @@
 """Drives the engine by hand: every transition against a real server, without a worker.
 
-The driver's store sends every transition twice when told so, the very same command again, as a client
-does whose first reply was lost; so every test of the transitions is also one of their idempotence.
+The driver's store sends every transition twice when told so, the very same command again, as a client does whose first reply
+was lost; so every test of the transitions is also one of their idempotence. After each it checks what design.md says is
+always true of a record.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import redis
 
 from celery_coalesce.coalescer import Coalescer, Started, Timing
+from celery_coalesce.errors import StoreError
 from celery_coalesce.keys import Names, state_id
 from celery_coalesce.policy import Policy
 from celery_coalesce.records import (
@@ -28,7 +31,7 @@ from celery_coalesce.records import (
     RunMeta,
     Trigger,
 )
-from celery_coalesce.states import Answer
+from celery_coalesce.states import Answer, RunState
 from celery_coalesce.store.redis import RedisStore
 from tests.support.process import wait_until
 
@@ -36,6 +39,8 @@ from tests.support.process import wait_until
 RESTS = {"meta"}
 #: What is answered to a call that ended a session, repeated.
 FORGETS = {"finish": b"lost", "rollback": b"gone"}
+#: What goes by itself, or with its worker.
+LATER = {"presence", "seen", "drains"}
 #: Fields of a trigger that go into its `times`.
 TIMES = ("delay", "due", "ttl", "expires")
 
@@ -47,6 +52,7 @@ class Twice:
         store: The real one.
         snapshot: Returns all that is stored, to be compared after the second time.
         exists: Tells whether there is a key of that name.
+        check: Fails if a record is not as it should be; given the names of its four keys.
 
     Attributes:
         twice: Whether every transition is sent a second time. The second reply is the one that counts, as for a
@@ -54,10 +60,17 @@ class Twice:
         calls: (script, keys, argv) of every call, oldest first; a repeated one counts once.
     """
 
-    def __init__(self, store: RedisStore, snapshot: Callable[[], Any], exists: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        store: RedisStore,
+        snapshot: Callable[[], Any],
+        exists: Callable[[str], Any],
+        check: Callable[[Sequence[str]], None],
+    ) -> None:
         self.store = store
         self.names = store.names
         self._exists = exists
+        self._check = check
         self.twice = False
         self.calls: list[tuple[str, tuple[str, ...], tuple[Any, ...]]] = []
         self._snapshot = snapshot
@@ -66,6 +79,8 @@ class Twice:
         """Run a transition, twice if so told, and return its last reply."""
         self.calls.append((script, tuple(keys), argv))
         first = self.store.call(script, keys, *argv)
+        if script != "show" and len(keys) >= len(self.names.record("")) and keys[2] == self.names.meta:
+            self._check(keys[:4])
         if not self.twice or script == "show":
             return first
         before = self._snapshot()
@@ -108,23 +123,19 @@ def body(key: str = "k", value: Any = None) -> None:
     """Take what the driver's triggers pass."""
 
 
-def added(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Merge by adding."""
-    return {**later, "value": earlier["value"] + later["value"]}
-
-
 class Driver:
     """One namespace of a server.
 
     Attributes:
-        now: The engine.
+        engine: The engine.
+        store: What it speaks through.
     """
 
     def __init__(self, client: redis.Redis, namespace: str, timing: Timing | None = None) -> None:
         self.client = client
         self.names = Names("", namespace)
         store = RedisStore(lambda: client, self.names, "test server")
-        self.store = Twice(store, self.snapshot, client.exists)
+        self.store = Twice(store, self.snapshot, client.exists, self.check)
         self.engine = Coalescer(self.store, timing or Timing())
         self._ids = itertools.count(1)
 
@@ -263,6 +274,82 @@ class Driver:
         """Return the server's clock in milliseconds."""
         seconds, micros = self.client.time()  # type: ignore[misc]
         return float(seconds * 1000 + micros / 1000)
+
+    # What is always true
+
+    def check(self, keys: Sequence[str]) -> None:
+        """Fail if a record breaks an invariant of design.md's.
+
+        Args:
+            keys: The names of its four keys.
+        """
+        record, wait, _, timers = keys
+        state = record.rsplit(":", 1)[1]
+        fields: set[bytes] = set(self.client.hkeys(record))  # type: ignore[arg-type]
+        found: Any = self.client.zrange(timers, 0, -1)
+        timed = {ref.decode().split("/")[1] for ref in found if ref.decode().startswith(f"{state}/")}
+        waiting = [run.decode() for run in self.client.zrange(wait, 0, -1)]  # type: ignore[union-attr]
+        if not fields:
+            assert not waiting, "runs wait, and there is no record"
+            assert not timed, f"timers without a record: {timed}"
+            return
+        reply = self.store.store.call("show", keys, json.dumps({"state": state}))
+        view = json.loads(reply[2])
+        head, runs = view["head"], {run["id"]: run for run in view["runs"]}
+        by_state = {word: {i for i, run in runs.items() if run["state"] == word} for word in RunState}
+        taken = by_state[RunState.DISPATCHED] | by_state[RunState.RUNNING] | by_state[RunState.RETRYING]
+        assert head["runs"] == len(runs) > 0, "runs are not counted"
+        assert set(head["active"]) == taken, "a slot is held by what does not go on, or the other way round"
+        assert set(waiting) <= by_state[RunState.PENDING], "something waits that is not pending"
+        moved = (taken - by_state[RunState.RUNNING]) | by_state[RunState.CLEARED]
+        assert timed == moved | (by_state[RunState.PENDING] - set(waiting)), "a timer too many, or too few"
+        for run in by_state[RunState.RUNNING]:
+            holder = self.names.held(runs[run]["owner"])
+            assert self.client.sismember(holder, f"{state}/{run}"), "a running run without a holder"
+        if waiting:
+            limits = [*head["active"].values(), runs[waiting[0]]["limit"]]
+            assert len(head["active"]) >= min(limits), "a free slot met a waiting run"
+        for names in (head["open"] or {}).values():
+            for run in names:
+                assert runs[run]["state"] in ("pending", "dispatched"), "an open run that cannot be joined"
+        blobs = {field.split(b":")[1].decode() for field in fields if field.startswith((b"args:", b"call:"))}
+        assert blobs <= set(runs), "what is left of a run that is gone"
+
+    def end_all(self) -> None:
+        """Let everything that goes on come to its end, at once, and fail if something is left."""
+        self.store.twice = False
+        with suppress(StoreError):
+            for name in self.keys():
+                if name.startswith("rec:"):
+                    self._end(name.removeprefix("rec:"))
+            assert [name for name in self.left() if name not in LATER] == []
+
+    def _end(self, state: str) -> None:
+        keys = self.names.record(state)
+        while self.client.exists(keys[0]):
+            reply = self.store.call("show", keys, json.dumps({"state": state}))
+            view = json.loads(reply[2])
+            for run in view["runs"]:
+                envelope = Envelope(
+                    state, run["id"], run["task_id"], run["task"], run["attempt"], run["version"], 0, b"", b""
+                )
+                if run["state"] in ("dispatched", "retrying"):
+                    lease = self.start(envelope).lease
+                    if lease is None:
+                        return  # it waits for its time
+                elif run["state"] in ("running", "cleared"):
+                    lease = Lease(
+                        state, run["id"], run["task_id"], run["task"], run["attempt"], run["token"],
+                        view["head"]["session"], 0, 1, "", "", run.get("owner", ""),
+                    )  # fmt: skip
+                elif len(view["runs"]) == 1:
+                    return  # it waits for its time
+                else:
+                    continue  # it gets the slot of one of the others
+                self.finish_all(lease)
+                break
+            else:
+                return
 
     # The clock goes on
 

@@ -156,6 +156,7 @@ class TestAtTheCall:
         assert start["coalesce_triggers"] == 3  # the one whose caller never heard of it counts once
         site.wait_idle()
 
+    @pytest.mark.timeout(120)  # RabbitMQ takes its time to start
     @pytest.mark.parametrize("kind", ["valkey", "rabbit"])
     def test_publish_lets_the_gate_admit_it_later(
         self, kind: str, make_site: Callable[..., Site], journal: Journal, request: pytest.FixtureRequest

@@ -165,7 +165,7 @@ PLACES = (
 
 
 @pytest.mark.parametrize("place_of", PLACES, ids=lambda place: place.__name__)
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(120)
 def test_a_run_and_its_follow_up(
     place_of: Any,
     make_app: MakeApp,
@@ -199,7 +199,7 @@ def test_a_run_and_its_follow_up(
         assert_no_password(worker.logs())
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(120)
 def test_a_failover_of_the_sentinel(
     make_app: MakeApp, make_worker: MakeWorker, journal: Journal, state_server: ValkeyServer
 ) -> None:
