@@ -52,6 +52,8 @@ _ATTRIBUTE = "_celery_coalesce_presence"
 
 #: Slices of overdue things that one sweep looks at; the next beat goes on.
 MOST_SLICES = 1000
+#: Seconds after which a dead pool process is not going to be reported by Celery any more, which takes up to ten.
+DEAD_FOR = 15.0
 #: Seconds between two tries to reach a store that is away.
 AWAY_AGAIN = 1.0
 
@@ -106,7 +108,8 @@ class PresenceThread:
         #: The store could not be reached when it was last asked.
         self.store_away = False
         self._leases: dict[str, tuple[Lease, int | None]] = {}
-        self._dead: set[str] = set()
+        #: Since when a lease has been without a living process, by the monotonic clock.
+        self._dead: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
         self._wake_beat = threading.Event()
@@ -242,30 +245,41 @@ class PresenceThread:
         if len(held) >= SLICE:
             # More than one look returns: those that are missing may be held all the same.
             return
-        dead = set()
+        dead: dict[str, float] = {}
         for ref, (lease, pid) in known.items():
             if ref not in held:
                 self._leases.pop(ref, None)
             elif pid is not None and pid != os.getpid() and (pid == 0 or not is_alive(pid)):
-                if ref in self._dead:
-                    self._end_dead(lease)
-                else:
-                    # The parent's own report may be under way: only what is still there at the next beat.
-                    dead.add(ref)
+                dead[ref] = self._dead.get(ref, time.monotonic())
+                if pid == 0 or time.monotonic() - dead[ref] >= DEAD_FOR:
+                    self._end_dead(lease, told=pid != 0)
         self._dead = dead
 
-    def _end_dead(self, lease: Lease) -> None:
-        ending = stored_ending(self._app, lease.task, lease.task_id)
-        if ending is None:
-            ending = Ending.failed(WorkerLostError("the pool process was lost"))
-            announce_outcome(self._app, lease, ending, self._bus())
+    def _end_dead(self, lease: Lease, *, told: bool) -> None:
+        """End, or have run again, what no process of this worker runs any more.
+
+        Args:
+            lease: The lease.
+            told: Whether Celery tells the run's own caller.
+        """
+        engine = engine_of(self._app)
+        task = self._app.tasks.get(lease.task)
         logger.warning(
             "Run %s of %s was held by a process that is gone",
             lease.run,
             lease.task,
             extra={"action": "dead_child", "run_id": lease.run, "task_id": lease.task_id},
         )
-        end_run(engine_of(self._app), lease, ending, self._bus())
+        ending = stored_ending(self._app, lease.task, lease.task_id)
+        if ending is None and told and task is not None and task.acks_late:
+            publish_all(engine, engine.coalescer.requeue(lease) or ())
+            return
+        if ending is None:
+            ending = Ending.failed(WorkerLostError("the pool process was lost"))
+            if not told:
+                tell_caller(self._app, lease.task, lease.task_id, {}, ending)
+            announce_outcome(self._app, lease, ending, self._bus())
+        end_run(engine, lease, ending, self._bus())
 
     # -- the sweep ---------------------------------------------------------------------------------------------------
 

@@ -139,10 +139,12 @@ def checking(self: Task, key: str, gate: str) -> None:
             journal.record("checked", key=key.partition(":")[2], held=True)
 
 
-def calling(self: Task, key: str, gate: str | None = None, other: str | None = None) -> Any:
-    """Call another coalesced task from the body."""
+def calling(
+    self: Task, key: str, gate: str | None = None, other: str | None = None, name: str = "tell"
+) -> Any:
+    """Call another task from the body."""
     with recorded(self, key) as journal:
-        result = self.app.tasks["tell"].delay(other)
+        result = self.app.tasks[name].delay(other)
         journal.record("called", key=key.partition(":")[2], task_id=result.id)
         if gate:
             journal.pass_gate(gate)

@@ -71,9 +71,10 @@ def elsewhere(state_server: ValkeyServer, journal_server: ValkeyServer) -> Any:
 
     url = state_server.new_db()
     conf = {"accept_content": ["json", "pickle"], "result_accept_content": ["json", "pickle"]}
+    as_root = {"C_FORCE_ROOT": "1"}  # with pickle, Celery asks for it
     with make_app(url, url, conf) as app:
         with_tasks(app)
-        with WorkerProcess.serving(app, include=INCLUDE) as worker:
+        with WorkerProcess.serving(app, include=INCLUDE, env=as_root) as worker:
             yield app, worker
 
 
@@ -188,7 +189,16 @@ class TestFollowUpSees:
 
         seen = journal.wait("tell", task_id=called["task_id"], timeout=20)
         assert (seen["parent_id"], seen["root_id"]) == (caller.id, caller.id)
-        assert app.AsyncResult(caller.id).children[0].id == called["task_id"]
+
+    @pytest.mark.parametrize("name", ["tell_plain", "tell"])
+    def test_call_from_a_body_is_its_child(
+        self, name: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """`AsyncResult.children` of the caller, as for a plain call."""
+        caller = app.tasks["calling"].delay(journal.key(), other=journal.key("other"), name=name)
+
+        called = caller.get(timeout=20)
+        assert [child.id for child in caller.children] == [called]
 
 
 def test_priority_is_inherited_where_celery_inherits_it(
@@ -321,21 +331,20 @@ def test_arguments_survive_their_serializer(serializer: str, elsewhere: Any, jou
     journal.wait("coalesce_drain", timeout=20)
 
 
-def test_serializer_that_workers_do_not_accept_is_refused_as_in_celery(
+def test_serializer_that_workers_do_not_accept_ends_the_run_and_not_the_key(
     app: HarnessApp, worker: WorkerProcess, journal: Journal
 ) -> None:
-    """A message or a record in a format that is not accepted ends its run, and not the worker."""
-    task = app.tasks["queue"]
-    task.apply_async((journal.key("first"), 1), serializer="pickle")
-    wait_until(lambda: "ContentDisallowed" in worker.logs(), 20)
+    """A record in a format that is not accepted fails its own callers; what waits behind it runs."""
+    task = app.tasks["serialize"]
     task.delay(journal.key(), 1, gate="a")
     journal.wait("start", key="key", timeout=20)
-    task.delay(journal.key(), 2)
-    task.apply_async((journal.key(), 3), serializer="pickle")
-    after = task.apply_async((journal.key(), 4), coalesce="serialize")
+    refused = task.apply_async((journal.key(), 2), serializer="pickle")
+    after = task.delay(journal.key(), 3)
     journal.open("a")
 
-    assert after.get(timeout=20) == 4
+    assert after.get(timeout=20) == 3
+    with pytest.raises(Exception, match="pickle"):
+        refused.get(timeout=20)
 
 
 def test_pydantic_arguments_and_results(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:

@@ -99,13 +99,13 @@ def order(journal: Journal, key: str = "key") -> list[str]:
 def messages(app: HarnessApp, queue: str) -> int:
     """Return how many messages wait in a queue of a Redis broker."""
     with redis.Redis.from_url(app.conf.broker_url) as client:
-        return int(client.llen(queue))  # type: ignore[arg-type]
+        return int(client.llen(queue))
 
 
 def drains_left(app: HarnessApp) -> int:
     """Return how many recorded drains nobody has announced."""
     with redis.Redis.from_url(app.conf.broker_url) as client:
-        return int(client.zcard("{coalesce}:drains"))  # type: ignore[arg-type]
+        return int(client.zcard("{coalesce}:drains"))
 
 
 def metadata(event: Event) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Site:
     def noted_as_unpublished(self) -> bool:
         """Tell whether a timer is as far ahead as that of a run whose publish has failed."""
         with self.state.client() as client:
-            now = client.time()[0] * 1000  # type: ignore[index]
+            now = client.time()[0] * 1000
             return any(at > now + 45_000 for _, at in client.zrange("{coalesce}:timers", 0, -1, withscores=True))
 
     def timers_are_over(self) -> None:

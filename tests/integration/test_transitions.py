@@ -1068,8 +1068,9 @@ class TestClear:
         """A page at a time; what arrives meanwhile is not cleared, and FIFO goes on with it."""
         drive = make_driver()
         lease = drive.run(drive.trigger(-1, coalesce="serialize"))
-        for n in range(many):
-            drive.trigger(n, coalesce="serialize")
+        with drive.in_bulk():
+            for n in range(many):
+                drive.trigger(n, coalesce="serialize")
         arrivals = []
         call = drive.store.call
 
@@ -1085,8 +1086,9 @@ class TestClear:
         pages = sum(script == "clear" for script, *_ in drive.store.calls)
         assert pages > 1 or many < 500
         assert drive.waiting() == [arrivals[0].run]
-        for run in cleared:
-            drive.finish(run.lease)
+        with drive.in_bulk():
+            for run in cleared:
+                drive.finish(run.lease)
         assert values(drive.finish(lease).sent) == [many]
 
     def test_clearing_an_idle_key_does_nothing(self, drive: Driver) -> None:

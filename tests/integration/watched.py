@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal as signals_of_the_system
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery, Task
@@ -25,16 +26,17 @@ from tests.support.tasks import recorded, work
 
 def define(app: Celery) -> None:
     """Register the tasks with an app."""
-    for name, body in (("ignoring", ignoring), ("replaced", replaced)):
-        app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>")(body)
-    app.task(name="replaced_by", bind=True, base=CoalescedTask, coalesce_key="<key>", coalesce_scope="replaced")(work)
-    for name, body, options in (
+    tasks: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
+        ("ignoring", ignoring, {}),
+        ("replaced", replaced, {}),
+        ("replaced_by", work, {"coalesce_scope": "replaced"}),
         ("rerun_if_lost", work, {"acks_late": True, "reject_on_worker_lost": True}),
         ("retried_if_lost", work, {"retry_on_worker_lost": True, "default_retry_delay": 0}),
         ("unprintable", unprintable, {}),
         ("rejecting", rejecting, {"acks_late": True}),
         ("retried_by_hand", retried_by_hand, {}),
-    ):
+    ]
+    for name, body, options in tasks:
         app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
     app.task(name="whole", bind=True, base=CoalescedTask)(whole)
 
@@ -94,7 +96,7 @@ def _misbehave(meta: Any = None, signal: Any = None, **_: Any) -> None:
         journal, key = journal_of(meta.key)
     except ValueError:
         return
-    what, _, where = key.partition(":")
+    what, where = (key + ":").split(":")[:2]
     if what == "raises":
         journal.record("raised", signal=signal.name)
         raise RuntimeError(f"a receiver of {signal.name} raises")
