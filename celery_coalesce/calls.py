@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from celery.app.task import Context
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Exchange, Queue, binding
+from kombu.exceptions import SerializationError, SerializerNotInstalled
 from kombu.serialization import dumps, loads, prepare_accept_content
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HEADER",
     "TIMES",
+    "UNREADABLE",
     "captured",
     "decode",
     "encode",
@@ -31,6 +33,9 @@ __all__ = [
     "request_context",
     "without_callbacks",
 ]
+
+#: What :func:`encode` and :func:`decode` raise of a value that no time makes readable.
+UNREADABLE = (SerializationError, SerializerNotInstalled)
 
 #: The message header, and the field of a request, in which a run travels.
 HEADER = "coalesce"

@@ -187,6 +187,11 @@ class Coalescer:
         """Note that a run's message was not published; it is tried again in 60 seconds."""
         self._record("unpublished", envelope.state, envelope.run, again=UNPUBLISHED_AGAIN)
 
+    def withdraw(self, envelope: Envelope, why: str) -> tuple[Envelope, ...]:
+        """Take out a run whose message can not be made, for the sweep to tell its callers why."""
+        reply = self._record("withdraw", envelope.state, envelope.run, why=why)
+        return self._envelopes(envelope.state, reply[1]) if _text(reply[0]) == Answer.CLEARED else ()
+
     # -- the worker --------------------------------------------------------------------------------------------------
 
     def start(
@@ -515,7 +520,7 @@ class Coalescer:
         )
 
     def _cleared(self, state: str, run: Sequence[Any]) -> Cleared:
-        run_id, token, task_id, task, call, session, triggers, key, scope, received = run
+        run_id, token, task_id, task, call, session, triggers, key, scope, received, why = run
         lease = Lease(
             state=state,
             run=_text(run_id),
@@ -530,4 +535,4 @@ class Coalescer:
             scope=_text(scope),
             owner="",
         )
-        return Cleared(lease, _blob(call), _text(received) == "1")
+        return Cleared(lease, _blob(call), _text(received) == "1", _text(why))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Task
 
-from .calls import HEADER, decode, eta_header, options_of
+from .calls import HEADER, UNREADABLE, decode, eta_header, options_of
 from .errors import CoalesceError
 
 if TYPE_CHECKING:
@@ -36,6 +36,15 @@ def publish_all(engine: Engine, envelopes: Iterable[Envelope]) -> None:
     for envelope in envelopes:
         try:
             _publish(engine.app, envelope)
+        except UNREADABLE as error:
+            # Nothing that time mends.
+            logger.exception(
+                "Run %s of %s can not be published",
+                envelope.run,
+                envelope.task,
+                extra={"action": "unpublishable", "run_id": envelope.run, "task_id": envelope.task_id},
+            )
+            publish_all(engine, engine.coalescer.withdraw(envelope, repr(error)))
         except Exception:
             # Whatever stands in the way (broker, router, serializer): the run is accepted, and stays in its record.
             logger.exception(

@@ -17,8 +17,9 @@ from celery.exceptions import TaskRevokedError
 from kombu.utils.encoding import safe_repr
 
 from . import signals
-from .calls import decode, request_context
+from .calls import UNREADABLE, decode, request_context
 from .dispatch import publish_all
+from .errors import StoreError
 from .records import Finished, RunMeta
 from .states import Outcome
 
@@ -141,9 +142,17 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
 
 
 def tell_cleared(engine: Engine, cleared: Cleared, bus: EventBus) -> None:
-    """Tell the callers of a run that an operator took out of the queue, and forget it."""
+    """Tell the callers of a run that was taken out of the queue, and forget it."""
     app, lease, ending = engine.app, cleared.lease, Ending(Outcome.REVOKED)
-    tell_caller(app, lease.task, lease.task_id, decode(app, cleared.call) if cleared.call else {}, ending)
+    call: dict[str, Any] = {}
+    if cleared.why:
+        ending = Ending.failed(StoreError(f"run {lease.run} of {lease.task} can not be published: {cleared.why}"))
+        announce_outcome(app, lease, ending, bus)
+    try:
+        call = decode(app, cleared.call) if cleared.call else {}
+    except UNREADABLE:
+        logger.exception("The call of run %s can not be read", lease.run, extra={"action": "unreadable_call"})
+    tell_caller(app, lease.task, lease.task_id, call, ending)
     if cleared.received:
         announce_end(bus, lease.task_id, ending)
     end_run(engine, lease, ending, bus)

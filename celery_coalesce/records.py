@@ -186,6 +186,8 @@ class Cleared:
     call: bytes
     #: Whether a worker has received a message of the run, so that monitors wait for its end.
     received: bool = False
+    #: Why it can not run; empty if an operator cleared it.
+    why: str = ""
 
 
 @dataclass(frozen=True)

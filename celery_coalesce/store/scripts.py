@@ -28,6 +28,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "carry": ("record", "waiting", "meta", "timers"),
     "rollback": ("record", "waiting", "meta", "timers"),
     "unpublished": ("record", "waiting", "meta", "timers"),
+    "withdraw": ("record", "waiting", "meta", "timers"),
     "wake": ("record", "waiting", "meta", "timers"),
     "lose": ("record", "waiting", "meta", "timers", "presence", "held of the dead", "held of the sweeper"),
     "clear": ("record", "waiting", "meta", "timers"),

@@ -18,11 +18,34 @@ from tests.support.journal import journal_of
 from tests.support.tasks import recorded, work
 
 #: What a body sees of its call.
-SEEN = (
-    "id root_id parent_id group group_index chord chain callbacks errbacks shadow expires timelimit headers stamps "
-    "stamped_headers ignore_result reply_to correlation_id delivery_info origin replaced_task_nesting eta retries "
-    "is_eager called_directly redelivered"
-).split()
+SEEN = [
+    "id",
+    "root_id",
+    "parent_id",
+    "group",
+    "group_index",
+    "chord",
+    "chain",
+    "callbacks",
+    "errbacks",
+    "shadow",
+    "expires",
+    "timelimit",
+    "headers",
+    "stamps",
+    "stamped_headers",
+    "ignore_result",
+    "reply_to",
+    "correlation_id",
+    "delivery_info",
+    "origin",
+    "replaced_task_nesting",
+    "eta",
+    "retries",
+    "is_eager",
+    "called_directly",
+    "redelivered",
+]
 
 
 class Order(BaseModel):
@@ -139,9 +162,7 @@ def checking(self: Task, key: str, gate: str) -> None:
             journal.record("checked", key=key.partition(":")[2], held=True)
 
 
-def calling(
-    self: Task, key: str, gate: str | None = None, other: str | None = None, name: str = "tell"
-) -> Any:
+def calling(self: Task, key: str, gate: str | None = None, other: str | None = None, name: str = "tell") -> Any:
     """Call another task from the body."""
     with recorded(self, key) as journal:
         result = self.app.tasks[name].delay(other)

@@ -80,7 +80,7 @@ def make_app(make_app: Callable[..., HarnessApp]) -> Callable[..., HarnessApp]:
 def make_worker(make_worker: Callable[..., WorkerProcess]) -> Callable[..., WorkerProcess]:
     """Start a worker of the test's own for an app: `make_worker(app, **WorkerProcess options)`."""
 
-    def make(app: HarnessApp, *, include: list[str] | None = None, **options: Any) -> WorkerProcess:
-        return make_worker(app, include=[*INCLUDE, *(include or ())], **options)
+    def make(app: HarnessApp, **options: Any) -> WorkerProcess:
+        return make_worker(app, include=INCLUDE, **options)
 
     return make

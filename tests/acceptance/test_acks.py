@@ -118,9 +118,7 @@ def test_reject_without_requeue_fails_the_run(
     assert_no_overlap(journal.events())
 
 
-def test_reject_with_requeue_runs_the_same_run_again(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_reject_with_requeue_runs_the_same_run_again(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A late acknowledged message that is given back is the same run, before what waits behind it."""
     task = app.tasks["rejecting_late"]
     first = task.delay(journal.key(), requeue=True, gate="a")

@@ -129,9 +129,7 @@ def test_ticks_of_two_beats_that_only_know_names_are_one_run(
 ) -> None:
     """Beats without the tasks send plain messages, which coalesce at the gate."""
     held(app, journal)
-    entry = ScheduleEntry(
-        name="tick", task="queue", schedule=timedelta(hours=1), args=(journal.key(), 1), app=foreign
-    )
+    entry = ScheduleEntry(name="tick", task="queue", schedule=timedelta(hours=1), args=(journal.key(), 1), app=foreign)
     results = [Scheduler(app=foreign, lazy=True).apply_async(entry, advance=False) for _ in range(2)]
     wait_until(lambda: len(journal.events("coalesce_trigger")) == 2, 20)
     journal.open("a")
@@ -174,7 +172,9 @@ def test_modes_hold_at_the_gate(name: str, app: HarnessApp, foreign: Celery, jou
     assert_no_overlap(journal.events())
 
 
-def test_foreign_countdown_expires_and_revoke(app: HarnessApp, foreign: Celery, worker: WorkerProcess, journal: Journal) -> None:
+def test_foreign_countdown_expires_and_revoke(
+    app: HarnessApp, foreign: Celery, worker: WorkerProcess, journal: Journal
+) -> None:
     """A foreign message's own options count as they do in Celery."""
     late = foreign.send_task("queue", (journal.key("late"), 1), countdown=0.5)
     journal.record("sent", key="late")

@@ -70,9 +70,7 @@ def test_hooks_of_a_retry(app: HarnessApp, worker: WorkerProcess, journal: Journ
     assert len({each["coalesce_run_id"] for each in journal.events("start")}) == 1
 
 
-def test_hooks_that_raise_do_not_hold_the_key(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_hooks_that_raise_do_not_hold_the_key(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """A broken `on_success`, `on_failure` or `after_return` is not the key's loss, nor its followers'."""
     task = app.tasks["broken_hooks"]
     first = task.delay(journal.key(), 1, gate="a")
@@ -87,9 +85,7 @@ def test_hooks_that_raise_do_not_hold_the_key(
     journal.wait("coalesce_drain", timeout=20)
 
 
-def test_before_start_that_raises_fails_the_run(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_before_start_that_raises_fails_the_run(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """As in Celery; the body never began, and the key goes on."""
     task = app.tasks["broken_start"]
     for n in range(2):
@@ -114,9 +110,7 @@ def test_subclass_has_its_own_options(app: HarnessApp, worker: WorkerProcess, jo
 
 
 @pytest.mark.parametrize("name", ["on_django", "django_first"])
-def test_mixin_with_django_task_coalesces(
-    name: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_mixin_with_django_task_coalesces(name: str, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """`celery.contrib.django.task.DjangoTask` beside `CoalescedTask`, in either order."""
     task = app.tasks[name]
     first = task.delay(journal.key(), 1, gate="a")
@@ -160,9 +154,7 @@ def test_request_class_that_takes_the_gate_away_is_refused() -> None:
             app.finalize()
 
 
-def test_task_that_is_no_coalesced_task_is_left_alone(
-    app: HarnessApp, worker: WorkerProcess, journal: Journal
-) -> None:
+def test_task_that_is_no_coalesced_task_is_left_alone(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
     """Plain tasks in the same app neither coalesce nor change."""
     plain: Any = app.tasks["work"]
     assert isinstance(plain, PlainTask | Task)

@@ -3,7 +3,7 @@
 -- KEYS: record, waiting, meta, timers
 -- ARGV: asked (JSON: state, cursor, bound, task ('' for all), lease, redispatch)
 -- Returns: cleared, next cursor, bound, how many, envelopes to publish, and the runs that the caller tells of: run,
---   token, task id, task, call, session, triggers, key, scope, 0
+--   token, task id, task, call, session, triggers, key, scope, 0, ''
 -- Transition: pending, dispatched -> cleared
 -- Order: a cleared run has its timer before it leaves the queue, so that its callers are told whoever dies.
 --# include record

@@ -3,7 +3,7 @@
 -- KEYS: record, waiting, meta, timers
 -- ARGV: asked (JSON: state, nonce, run, redispatch, hourly, lease)
 -- Returns: dispatched, envelopes to publish, reason (due, lost, unpublished); cleared, token, task id, task, call,
---   session, triggers, key, scope, 1 if received; or pending, early, gone
+--   session, triggers, key, scope, 1 if received, why; or pending, early, gone
 -- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; cleared
 --   -> told by another
 -- Order: the timer is moved in the same write as the state, so that two sweeps never wake one run.
