@@ -106,7 +106,7 @@ class Call:
         return Trigger(
             task_id=task_id,
             key=self._key,
-            args=encode([list(args), dict(kwargs)], self._serializer),
+            args=encode((args, kwargs), self._serializer),
             call=encode(call, self._serializer) if call else b"",
             follower=encode(follower, self._serializer) if follower else b"",
             store=not (self._task.ignore_result if ignored is None else ignored),

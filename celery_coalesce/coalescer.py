@@ -53,6 +53,10 @@ class Store(Protocol):
         """Run a transition and return its reply."""
         ...
 
+    def connect(self) -> None:
+        """Make the client now, for the processes that are forked from this one."""
+        ...
+
     def members(self, key: str, most: int) -> list[str]:
         """Return some members of a set."""
         ...

@@ -96,8 +96,8 @@ def send(
         "ignore_result": True,
     }
     if task is None:
-        app.send_task(envelope.task, list(args), dict(kwargs), **options)
+        app.send_task(envelope.task, args, kwargs, **options)
     else:
         if options["priority"] is None:
             options["priority"] = task.priority
-        Task.apply_async(task, list(args), dict(kwargs), **options)
+        Task.apply_async(task, args, kwargs, **options)

@@ -195,7 +195,7 @@ def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
     sent = engine.coalescer.retry(
         lease,
         attempt.task,
-        encode([list(attempt.args), dict(attempt.kwargs)], serializer),
+        encode((attempt.args, attempt.kwargs), serializer),
         encode(call, serializer),
         **times,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 import redis
+from kombu.exceptions import OperationalError
 from kombu.utils.url import maybe_sanitize_url
 from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
@@ -102,6 +103,15 @@ class RedisStore:
         with self._errors():
             return bool(self._connected().zrem(key, member))
 
+    def connect(self) -> None:
+        """Make the client now, for the processes that are forked from this one.
+
+        Raises:
+            StoreUnavailable: The server can not be reached; the next call tries again.
+        """
+        with self._errors():
+            self._connected()
+
     def close(self) -> None:
         """Close the connections of this process."""
         client, self._client = self._client, None
@@ -154,7 +164,7 @@ class RedisStore:
         """Turn redis-py's errors into ours; no message of theirs names a password."""
         try:
             yield
-        except (RedisConnectionError, RedisTimeoutError, RedisClusterException) as error:
+        except (RedisConnectionError, RedisTimeoutError, RedisClusterException, OperationalError) as error:
             raise StoreUnavailable(f"the state server {self.address} can not be reached: {error}") from error
         except RedisError as error:
             raise StoreError(f"the state server {self.address} refused: {error}") from error

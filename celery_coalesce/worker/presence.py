@@ -6,6 +6,7 @@ touch the broker's consumer connection.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -82,6 +83,9 @@ class Presence(bootsteps.StartStopStep):
         super().__init__(worker, **kwargs)
         self.thread = PresenceThread(worker)
         worker.app.__dict__[_ATTRIBUTE] = self.thread
+        # Before the pool forks. A store that is not there yet is waited for.
+        with contextlib.suppress(StoreUnavailable):
+            engine_of(worker.app).coalescer.store.connect()
 
     def start(self, worker: WorkController) -> None:
         """Announce this process.

@@ -33,7 +33,8 @@ class Hooks(CoalescedTask):
     def on_retry(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         _record("on_retry", self, args[0])
 
-    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+    def after_return(self, status: str, retval: Any, *call: Any) -> None:
+        _, args, _, _ = call
         _record("after_return", self, args[0], status=status)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +51,7 @@ class BrokenHooks(CoalescedTask):
     def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
         raise RuntimeError("on_failure")
 
-    def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+    def after_return(self, status: str, retval: Any, *call: Any) -> None:
         raise RuntimeError("after_return")
 
 
@@ -76,7 +77,7 @@ class ClassBased(Hooks):
     coalesce_key = "<key>"
 
     def run(self, key: str, value: Any = None, gate: str | None = None, error: str | None = None) -> Any:
-        return _work(self, key, value, gate, error)
+        return _work(self, key, value, gate, error=error)
 
 
 class Derived(ClassBased):
@@ -91,6 +92,7 @@ def _work(
     key: str,
     value: Any = None,
     gate: str | None = None,
+    *,
     error: str | None = None,
     retry: bool = False,
 ) -> Any:

@@ -96,19 +96,18 @@ class TestCallbacks:
     ) -> None:
         """A failing run calls every caller's errbacks, old style and new, and no links."""
         task = app.tasks["queue"]
-        calls = []
-        for n in range(3):
-            calls.append(
-                task.apply_async(
-                    (journal.key(),),
-                    {"error": "boom"},
-                    link=collect(app, journal, "link"),
-                    link_error=[
-                        on_error(app, journal, f"old{n}"),
-                        app.tasks["errback"].s(key=journal.key(f"new{n}")),
-                    ],
-                )
+        calls = [
+            task.apply_async(
+                (journal.key(),),
+                {"error": "boom"},
+                link=collect(app, journal, "link"),
+                link_error=[
+                    on_error(app, journal, f"old{n}"),
+                    app.tasks["errback"].s(key=journal.key(f"new{n}")),
+                ],
             )
+            for n in range(3)
+        ]
         journal.open("held")
 
         for n, call in enumerate(calls):

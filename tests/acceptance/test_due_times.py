@@ -1,4 +1,4 @@
-"""`countdown` and `eta`: never later than any trigger asked, never earlier than the earliest, no slot held meanwhile."""
+"""`countdown` and `eta`: due when the earliest trigger asked, and no slot held meanwhile."""
 
 from __future__ import annotations
 

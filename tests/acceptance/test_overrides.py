@@ -145,13 +145,13 @@ def test_request_class_that_takes_the_gate_away_is_refused() -> None:
     class Own(Request):
         """Not derived from the library's."""
 
-    with Celery("refusing", broker="memory://", set_as_current=False) as app:
-        with pytest.raises(OptionError, match="CoalescedRequest"):
+    def declare(app: Celery) -> None:
+        app.task(shared=False, name="refused", base=CoalescedTask, Request=Own)(lambda: None)
+        app.finalize()
 
-            @app.task(shared=False, base=CoalescedTask, Request=Own)
-            def refused() -> None: ...
-
-            app.finalize()
+    app = Celery("refusing", broker="memory://", set_as_current=False)
+    with app, pytest.raises(OptionError, match="CoalescedRequest"):
+        declare(app)
 
 
 def test_task_that_is_no_coalesced_task_is_left_alone(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:

@@ -22,7 +22,8 @@ def revoke(app: HarnessApp, worker: WorkerProcess, task_id: str, **options: Any)
     """Revoke a task, and wait until the worker has heard of it."""
     to = {"destination": [worker.hostname], "reply": True, "timeout": 10, "limit": 1}
     reply = app.control.revoke(task_id, **to, **options)
-    assert reply and "ok" in reply[0][worker.hostname], reply
+    assert reply, "the worker has not answered"
+    assert "ok" in reply[0][worker.hostname]
 
 
 def assert_revoked(result: Any, timeout: float = 20) -> None:

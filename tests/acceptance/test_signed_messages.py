@@ -70,6 +70,7 @@ def test_signed_messages_coalesce(make_app: MakeApp, journal: Journal, tmp_path:
             env=environment,
             cwd=ROOT,
             capture_output=True,
+            check=False,
             text=True,
             timeout=90,
         )

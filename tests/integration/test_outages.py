@@ -286,7 +286,7 @@ class TestAtTheEnd:
 
     def test_an_end_is_reported_though_its_process_dies_meanwhile(self, site: Site, journal: Journal) -> None:
         """The parent's heartbeat finds a lease whose child is gone."""
-        worker = site.worker(concurrency=1)
+        worker = site.worker(concurrency=1, include=["tests.integration.impatient"])
         queue = site.app.tasks["queue"]
         first = queue.delay(journal.key(), 1, gate="g")
         start = journal.wait("start", timeout=20)

@@ -61,8 +61,8 @@ def warm(journal_server: ValkeyServer, state_server: ValkeyServer) -> Iterator[C
         # Without -E and receivers: what is asked is asked by the runs alone.
         with (
             make_app(url.replace(str(state_server.port), str(broker.port)), url, ours) as app,
-            WorkerProcess(
-                "tests.integration.silent", broker=url, backend=url, conf=theirs, concurrency=1, events=False
+            WorkerProcess.serving(
+                app, broker=url, conf=theirs, concurrency=1, events=False, include=["tests.integration.silent"]
             ),
         ):
             app.tasks["queue"].delay(f"{uuid.uuid4().hex[:8]}:warm", 1).get(timeout=20)
