@@ -424,7 +424,9 @@ class TestProcesses:
             "server = ValkeyServer().start()\n"
             "print(server.pid, server.directory)\n"
         )
-        output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=20)
+        output = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True, timeout=20, check=True
+        )
         pid, directory = output.stdout.split()
         assert not psutil.pid_exists(int(pid))
         assert not os.path.exists(directory)

@@ -12,6 +12,8 @@ from tests.support.app import HarnessApp
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.worker import WorkerProcess
 
+pytestmark = pytest.mark.core
+
 MakeApp = Callable[..., HarnessApp]
 MakeWorker = Callable[..., WorkerProcess]
 

@@ -146,6 +146,8 @@ CALL_FROM_ANOTHER_PROCESS = """
 import sys
 from tests.support.app import make_app
 
+pytestmark = pytest.mark.core
+
 url, key, side, *values = sys.argv[1:]
 app = make_app(url, url)
 for value in values:

@@ -1,7 +1,7 @@
 """Generated interleavings of producers, workers, deaths, losses and sweeps against a real server.
 
-Hypothesis makes up what happens; after every step the record's invariants hold (see the driver), and at the end, when everybody
-who can has done his part, every accepted trigger has been covered and nothing is left.
+Hypothesis makes up what happens; after every step the record's invariants hold (see the driver), and at the end, when
+everybody who can has done his part, every accepted trigger has been covered and nothing is left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from celery_coalesce.records import Accepted, Envelope, Finished, Followers, Lease
 from celery_coalesce.states import Answer, Disposition
@@ -89,9 +96,7 @@ class Interleavings(RuleBasedStateMachine):
         follower=st.booleans(),
         fate=st.sampled_from(["published", "published", "published", "died", "failed"]),
     )
-    def trigger(
-        self, key: str, mode: str, task: str, many: int, delay: int | None, follower: bool, fate: str
-    ) -> None:
+    def trigger(self, key: str, mode: str, task: str, many: int, delay: int | None, follower: bool, fate: str) -> None:
         self.counter += 1
         number = self.counter
         options: dict[str, Any] = {"coalesce": mode, "scope": "shared", "task": task}
@@ -374,5 +379,3 @@ def test_whatever_happens_no_promise_is_broken(machine: type[Interleavings]) -> 
             print_blob=True,
         ),
     )
-
-

@@ -90,7 +90,7 @@ class LocalServer(LocalContainer):
     def celeryconfig(self) -> dict[str, Any]:
         server = self.process
         is_rabbit = isinstance(server, RabbitServer)
-        url, vhost = (server.url, "/") if is_rabbit else (server.url(), "0")  # type: ignore
+        url, vhost = (server.url, "/") if is_rabbit else (server.url(), "0")  # type: ignore[operator]
         return {
             "url": url,
             "host_url": url,
