@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 from uuid import uuid4
 
-from .keys import Names, state_id
+from .keys import state_id
 from .policy import Policy
 from .records import (
     Accepted,
@@ -29,12 +29,15 @@ from .records import (
     RecordView,
     RolledBack,
     RunMeta,
+    Started,
+    Timing,
     Trigger,
     Woken,
 )
 from .states import Answer, Disposition, RunState
+from .store import Store
 
-__all__ = ["Coalescer", "Started", "Store", "Timing"]
+__all__ = ["SLICE", "Coalescer"]
 
 #: A second loss of the same run's message within the hour is noticed an hour after the first, in milliseconds.
 HOURLY = 3_600_000
@@ -42,60 +45,6 @@ HOURLY = 3_600_000
 UNPUBLISHED_AGAIN = 60_000
 #: How many overdue things one look at the store returns.
 SLICE = 100
-
-
-class Store(Protocol):
-    """What the engine needs of a store."""
-
-    names: Names
-
-    def call(self, script: str, keys: Sequence[str], *argv: str | bytes | int) -> list[Any]:
-        """Run a transition and return its reply."""
-        ...
-
-    def connect(self) -> None:
-        """Make the client now, for the processes that are forked from this one."""
-        ...
-
-    def members(self, key: str, most: int) -> list[str]:
-        """Return some members of a set."""
-        ...
-
-    def take(self, key: str, member: bytes) -> bool:
-        """Remove a member of a sorted set; return whether it was this call that did."""
-        ...
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long things may take, in milliseconds."""
-
-    lease: int = 30_000
-    redispatch: int = 60_000
-    #: How long a message without a run is remembered.
-    remember: int = 7_200_000
-
-    @property
-    def heartbeat(self) -> int:
-        """How often a presence is renewed."""
-        return self.lease // 3
-
-    @property
-    def soon(self) -> int:
-        """Due times within this are woken by a message; for later ones every worker has heard of the timer by then."""
-        return 2 * self.heartbeat
-
-
-@dataclass(frozen=True)
-class Started:
-    """The gate's answer. ``lease`` is there exactly if the run was leased."""
-
-    answer: Answer
-    lease: Lease | None = None
-    #: Milliseconds, for ``early``.
-    wait: int = 0
-    #: The revoked run's call, for ``carry``.
-    call: bytes = b""
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .coalescer import Coalescer, Timing
+from .coalescer import Coalescer
+from .records import Timing
 from .settings import Settings
 from .signals import EventBus
 

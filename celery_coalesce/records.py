@@ -23,6 +23,8 @@ __all__ = [
     "RecordView",
     "RolledBack",
     "RunMeta",
+    "Started",
+    "Timing",
     "Trigger",
     "TriggerMeta",
     "Woken",
@@ -149,6 +151,38 @@ class Lease:
         if "token" not in header:
             return None
         return cls(**{name: header[name] for name in cls.__dataclass_fields__ if name in header})
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long things may take, in milliseconds."""
+
+    lease: int = 30_000
+    redispatch: int = 60_000
+    #: How long a message without a run is remembered.
+    remember: int = 7_200_000
+
+    @property
+    def heartbeat(self) -> int:
+        """How often a presence is renewed."""
+        return self.lease // 3
+
+    @property
+    def soon(self) -> int:
+        """Due times within this are woken by a message; for later ones every worker has heard of the timer by then."""
+        return 2 * self.heartbeat
+
+
+@dataclass(frozen=True)
+class Started:
+    """The gate's answer. ``lease`` is there exactly if the run was leased."""
+
+    answer: Answer
+    lease: Lease | None = None
+    #: Milliseconds, for ``early``.
+    wait: int = 0
+    #: The revoked run's call, for ``carry``.
+    call: bytes = b""
 
 
 @dataclass(frozen=True)

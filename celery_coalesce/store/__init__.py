@@ -1,1 +1,32 @@
-"""The record's home: Lua scripts, and the one module that speaks to Redis."""
+"""The record's home: what the engine needs of it, the Lua scripts, and the one module that speaks to Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..keys import Names
+
+__all__ = ["Store"]
+
+
+class Store(Protocol):
+    """What the engine needs of a store."""
+
+    names: Names
+
+    def call(self, script: str, keys: Sequence[str], *argv: str | bytes | int) -> list[Any]:
+        """Run a transition and return its reply."""
+        ...
+
+    def connect(self) -> None:
+        """Make the client now, for the processes that are forked from this one."""
+        ...
+
+    def members(self, key: str, most: int) -> list[str]:
+        """Return some members of a set."""
+        ...
+
+    def take(self, key: str, member: bytes) -> bool:
+        """Remove a member of a sorted set; return whether it was this call that did."""
+        ...

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from celery_coalesce.coalescer import Timing
+from celery_coalesce.records import Timing
 from tests.integration.driver import Driver
 from tests.support.servers import ValkeyServer
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import redis
 
-from celery_coalesce.coalescer import Coalescer, Started, Timing
+from celery_coalesce.coalescer import Coalescer
 from celery_coalesce.errors import StoreError
 from celery_coalesce.keys import Names, state_id
 from celery_coalesce.policy import Policy
@@ -29,6 +29,8 @@ from celery_coalesce.records import (
     Lease,
     MergeWanted,
     RunMeta,
+    Started,
+    Timing,
     Trigger,
 )
 from celery_coalesce.states import Answer, RunState
