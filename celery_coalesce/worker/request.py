@@ -1,4 +1,4 @@
-"""The gate, and the parent's reports of a run's end.
+"""The gate: what becomes of a message of a coalesced task, before it can take a place in the pool.
 
 The gate is asked right before the pool: ``Request.execute_using_pool`` of ``create_request_cls``
 (celery.worker.request, 5.5-5.7) calls ``revoked()``, and hands the request to the pool only if that is false. It is
@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 from uuid import uuid4
 
 from billiard.einfo import ExceptionInfo
-from celery.exceptions import Reject, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.signals import task_received
 from celery.utils import uuid
 from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
-from celery.worker.request import Request
 
 from .. import signals
 from ..calls import HEADER, decode, encode, follower_of, message_call, moment, without_callbacks
 from ..dispatch import publish_all
-from ..endings import Ending, announce_outcome, end_run, stored_ending
+from ..endings import Ending, announce_outcome, end_run
 from ..engine import Engine, engine_of
 from ..errors import CoalesceError, QueueFull, StoreUnavailable
 from ..keys import state_id
 from ..policy import Policy
 from ..records import Accepted, Envelope, Known, Lease, Trigger
-from ..signals import EventBus
 from ..states import Answer, Disposition, Outcome
 from ..triggering import accept, report
-from .presence import is_alive, presence_of
+from .ends import ReportingRequest
+from .presence import presence_of
 
 __all__ = ["CoalescedRequest"]
 
@@ -47,15 +44,11 @@ logger = logging.getLogger("celery_coalesce")
 STATE, RUN = re.compile(r"[a-z2-7]{26}"), re.compile(r"[0-9]{1,20}")
 #: Seconds until a message that met a store that is away is brought to the gate again.
 GATE_AGAIN = 1.0
-#: Seconds between two looks at a pool child that is being killed.
-DEATH_AGAIN = 0.05
 
 
-class CoalescedRequest(Request):
+class CoalescedRequest(ReportingRequest):
     """A message of a coalesced task, in the worker's main process."""
 
-    #: The lease that the gate got, until its end has been reported by this process.
-    _lease: Lease | None = None
     #: Celery asks whether the task is revoked, but shall not act on it yet.
     _asking = False
     #: What Celery would have announced.
@@ -64,8 +57,6 @@ class CoalescedRequest(Request):
     _received = False
     #: The gate has sent the request on, or away.
     _decided = False
-    #: The pool process has returned the attempt's end, and lives on.
-    _returned = False
     #: The prefetch count that was raised while the gate keeps the message back.
     _held_from: Any = None
 
@@ -350,135 +341,6 @@ class CoalescedRequest(Request):
         if self._held_from is not None:
             self._held_from.decrement_eventually()
             self._held_from = None
-
-    def _bus(self) -> EventBus:
-        wanted = bool(self.task.send_events) and engine_of(self.app).settings.events
-        return EventBus.of_worker(self.app, self._eventer, self._hostname, wanted=wanted)
-
-    # -- the end, as the parent sees it ------------------------------------------------------------------------------
-
-    def on_accepted(self, pid: int, time_accepted: float) -> None:
-        """Note which process runs the body."""
-        if self._lease is not None:
-            presence_of(self.app).accepted(self._lease, pid)
-        super().on_accepted(pid, time_accepted)
-
-    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        """Report the end of a run whose process can not: killed, terminated, out of time."""
-        # What the process itself returned ends the attempt, not the process.
-        self._returned = return_ok
-        super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-        if return_ok or self._lease is None:
-            return
-        error = getattr(exc_info.exception, "exc", exc_info.exception)
-        if isinstance(error, Reject):
-            return
-        self._once_dead(lambda: self._end_killed(error))
-
-    def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Report the end of a run that is killed for its hard time limit."""
-        super().on_timeout(soft, timeout)
-        if not soft and self._lease is not None:
-            self._once_dead(lambda: self._end_killed(TimeLimitExceeded(timeout)))
-
-    def reject(self, requeue: bool = False) -> None:
-        """Give the message back only when the run waits for it, and its process is gone."""
-        if self._lease is None:
-            super().reject(requeue=requeue)
-        elif requeue and not self.acknowledged:
-            # Held back from Celery's other calls until the process is gone.
-            self._once_dead(self._requeue)
-        else:
-            super().reject(requeue=requeue)
-            if requeue:
-                # Acknowledged early, it can not come back: for Celery this task has vanished.
-                self._once_dead(lambda: self._end_killed(Reject("rejected after it was acknowledged")))
-
-    def _requeue(self) -> None:
-        lease = self._settle()
-        if lease is None:
-            return
-        coalescer = engine_of(self.app).coalescer
-        try:
-            coalescer.requeue(lease)
-        except StoreUnavailable:
-            # The message comes back all the same, and is a duplicate until the lease has been taken away.
-            presence_of(self.app).abandoned(lease)
-        super().reject(requeue=True)
-
-    def _end_killed(self, error: BaseException) -> None:
-        """End, or give another try to, a run whose process is gone."""
-        lease = self._settle()
-        if lease is None:
-            return
-        engine = engine_of(self.app)
-        bus = self._bus()
-        if isinstance(error, Terminated) and self._already_cancelled and self.task.acks_late:
-            # The connection was lost, and the broker gives the message back; whether before or after this, nobody
-            # knows.
-            self._report(lambda: publish_all(engine, engine.coalescer.requeue(lease) or ()))
-            return
-        if isinstance(error, Terminated) and self._already_cancelled:
-            ending = self._end_cancelled()
-        elif self._already_revoked or isinstance(error, Terminated):
-            ending = Ending(Outcome.REVOKED)
-        else:
-            # Celery 5.7 keeps a success that was stored before the process died.
-            ending = stored_ending(self.app, self._type, self.id) or Ending.failed(error)
-        self._report(lambda: self._end(engine, lease, ending, bus))
-
-    def _end_cancelled(self) -> Ending:
-        """End a run that a cold shutdown cut off after its message was acknowledged.
-
-        Celery stores RETRY and sends nothing (Request.cancel, celery.worker.request, 5.5-5.7): its callers would wait
-        for ever.
-        """
-        ending = stored_ending(self.app, self._type, self.id)
-        if ending is None:
-            error = WorkerLostError("the worker was shut down")
-            ending = Ending.failed(error)
-            store = self.store_errors
-            self.task.backend.mark_as_failure(self.id, error, request=self._context, store_result=store)
-        return ending
-
-    def _end(self, engine: Engine, lease: Lease, ending: Ending, bus: EventBus) -> None:
-        if not engine.coalescer.check(lease):
-            # A retry after a lost worker (_retry_worker_lost, celery.worker.request, 5.7) has moved the run on already.
-            return
-        announce_outcome(self.app, lease, ending, bus)
-        end_run(engine, lease, ending, bus)
-
-    def _settle(self) -> Lease | None:
-        """Return the lease, once: whatever else Celery reports of this request is its echo."""
-        lease, self._lease = self._lease, None
-        return lease
-
-    def _once_dead(self, report: Callable[[], None]) -> None:
-        """Report once the pool child that ran the body is gone.
-
-        A hard time limit is announced before the process is killed.
-        """
-        pid = self.worker_pid
-        consumer = presence_of(self.app).consumer
-        if self._returned or pid is None or pid == os.getpid() or not is_alive(pid) or consumer is None:
-            report()
-            return
-        consumer.timer.call_after(DEATH_AGAIN, self._once_dead, (report,))
-
-    def _report(self, report: Callable[[], Any]) -> None:
-        try:
-            report()
-        except StoreUnavailable as error:
-            logger.warning(
-                "The end of task %s[%s] could not be reported yet: %s",
-                self.name,
-                self.id,
-                error,
-                extra={"action": "report_delayed", "task_id": self.id},
-            )
-            consumer = presence_of(self.app).consumer
-            if consumer is not None:
-                consumer.timer.call_after(GATE_AGAIN, self._report, (report,))
 
 
 @task_received.connect(weak=False, dispatch_uid="celery_coalesce.received")

@@ -70,23 +70,6 @@ class DjangoFirst(DjangoTask, CoalescedTask):
     """The same, the other way round."""
 
 
-class ClassBased(Hooks):
-    """A task that is a class, with options in its body."""
-
-    name = "class_based"
-    coalesce_key = "<key>"
-
-    def run(self, key: str, value: Any = None, gate: str | None = None, error: str | None = None) -> Any:
-        return _work(self, key, value, gate, error=error)
-
-
-class Derived(ClassBased):
-    """A subclass of such a task, with an option of its own."""
-
-    name = "derived"
-    coalesce = "skip"
-
-
 def _work(
     self: Task,
     key: str,
@@ -116,6 +99,23 @@ def define(app: Celery) -> None:
         "django_first": DjangoFirst,
     }.items():
         app.task(shared=False, name=name, bind=True, base=base, coalesce_key="<key>")(_work)
+
+    # A task class belongs to one app: each has its own.
+    class ClassBased(Hooks):
+        """A task that is a class, with options in its body."""
+
+        name = "class_based"
+        coalesce_key = "<key>"
+
+        def run(self, key: str, value: Any = None, gate: str | None = None) -> Any:
+            return _work(self, key, value, gate)
+
+    class Derived(ClassBased):
+        """A subclass of such a task, with an option of its own."""
+
+        name = "derived"
+        coalesce = "skip"
+
     app.register_task(ClassBased())
     app.register_task(Derived())
 

@@ -146,7 +146,9 @@ def test_request_class_that_takes_the_gate_away_is_refused() -> None:
         """Not derived from the library's."""
 
     def declare(app: Celery) -> None:
-        app.task(shared=False, name="refused", base=CoalescedTask, Request=Own)(lambda: None)
+        @app.task(shared=False, base=CoalescedTask, Request=Own)
+        def refused() -> None: ...
+
         app.finalize()
 
     app = Celery("refusing", broker="memory://", set_as_current=False)

@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,13 @@ class Interleavings(RuleBasedStateMachine):
         for owner in OWNERS:
             self.drive.engine.heartbeat(owner)
 
+    @contextmanager
+    def once(self, but: bool = True) -> Iterator[None]:
+        """Do not repeat what may be answered otherwise: it tells a time, or what is found only once."""
+        twice, self.drive.store.twice = self.drive.store.twice, self.drive.store.twice and not but
+        yield
+        self.drive.store.twice = twice
+
     # Producers
 
     @rule(
@@ -106,9 +114,8 @@ class Interleavings(RuleBasedStateMachine):
         if mode == "queue":
             options["max_queued"] = many
         given: dict[str, Any] = {"delay": delay, "follower": b"%d" % number if follower else b""}
-        twice, self.drive.store.twice = self.drive.store.twice, self.drive.store.twice and delay is None
-        accepted = self.drive.trigger(number, key=key, given=given, **options)
-        self.drive.store.twice = twice
+        with self.once(delay is not None):
+            accepted = self.drive.trigger(number, key=key, given=given, **options)
         assert isinstance(accepted, Accepted)
         if accepted.disposition is Disposition.SKIPPED:
             return
@@ -128,7 +135,8 @@ class Interleavings(RuleBasedStateMachine):
         if fate == "published":
             self.send(envelope)
         elif fate == "failed":
-            back = self.drive.engine.rollback(envelope.state, envelope.run, envelope.task_id)
+            with self.once():
+                back = self.drive.engine.rollback(envelope.state, envelope.run, envelope.task_id)
             if envelope.run not in self.runs(key):
                 self.expected.pop(envelope.run)
                 self.open.discard(number)  # the caller got an error: it was not accepted
@@ -203,14 +211,16 @@ class Interleavings(RuleBasedStateMachine):
         if how == "finish" or lease.answer != Answer.RUNNING:
             self.finish(lease)
         elif how == "requeue":
-            assert self.drive.engine.requeue(lease) is not None
+            with self.once():
+                assert self.drive.engine.requeue(lease) is not None
             self.broker.append(held.message)
             self.stale.append(lease)
         else:
             value = held.message.value if not lease.args else json.loads(lease.args)
             delay = 3 if how == "later" else None
             blob = json.dumps(value).encode()
-            sent = self.drive.engine.retry(lease, lease.task, blob, b"", delay=delay)
+            with self.once(delay is not None):
+                sent = self.drive.engine.retry(lease, lease.task, blob, b"", delay=delay)
             assert sent is not None
             for envelope in sent:
                 self.send(envelope)
@@ -278,10 +288,8 @@ class Interleavings(RuleBasedStateMachine):
 
     def wake(self, ref: str, dies: bool = False) -> None:
         self.client.zadd(self.drive.names.timers, {ref: self.drive.clock() - 1}, xx=True)
-        # Repeated, a cleared run is one more lease away: whoever tells of it need not be told twice.
-        twice, self.drive.store.twice = self.drive.store.twice, False
-        woken = self.drive.engine.wake(ref)
-        self.drive.store.twice = twice
+        with self.once():
+            woken = self.drive.engine.wake(ref)
         if dies:
             return
         for envelope in woken.sent:
@@ -291,9 +299,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), task=st.sampled_from([None, "one"]), dies=st.booleans())
     def clear(self, key: str, task: str | None, dies: bool) -> None:
-        twice, self.drive.store.twice = self.drive.store.twice, False  # it tells what it found, once
-        reply = self.drive.engine.clear("shared", key, task)
-        self.drive.store.twice = twice
+        with self.once():
+            reply = self.drive.engine.clear("shared", key, task)
         for run in [each for each in self.runs(key).values() if each.get("state") == "cleared"]:
             gone = self.expected.pop(run["id"], None)
             if gone is not None:
@@ -308,15 +315,14 @@ class Interleavings(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_stale_token_is_refused(self, data: Any) -> None:
         lease = data.draw(st.sampled_from(self.stale))
-        twice, self.drive.store.twice = self.drive.store.twice, False
-        before = self.drive.snapshot()
-        assert not self.drive.engine.check(lease, returned=True)
-        assert self.drive.engine.requeue(lease) is None
-        # A repeated retry or finish of the same token may be answered again; it changes nothing.
-        self.drive.engine.retry(lease, lease.task, b"0", b"")
-        self.drive.engine.finish(lease)
-        assert self.drive.snapshot() == before
-        self.drive.store.twice = twice
+        with self.once():
+            before = self.drive.snapshot()
+            assert not self.drive.engine.check(lease, returned=True)
+            assert self.drive.engine.requeue(lease) is None
+            # The last retry or finish may be answered again; it changes nothing.
+            self.drive.engine.retry(lease, lease.task, b"0", b"")
+            self.drive.engine.finish(lease)
+            assert self.drive.snapshot() == before
 
     # What is always true
 
@@ -380,8 +386,8 @@ def test_whatever_happens_no_promise_is_broken(machine: type[Interleavings]) -> 
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=30,
-            stateful_step_count=30,
+            max_examples=int(os.environ.get("TEST_EXAMPLES", "30")),
+            stateful_step_count=int(os.environ.get("TEST_STEPS", "30")),
             deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,

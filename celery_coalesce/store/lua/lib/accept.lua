@@ -17,8 +17,9 @@ local function repeated(head)
       local delay = -1
       if head.recent[position + 1] == 'dispatched' then
         delay = 0
-      elseif head.recent[position + 1] == 'queued' and run.due > now and not run.unsent then
-        delay = run.due - now
+      elseif run.state == 'pending' and head.recent[position + 1] == 'queued' and not run.unsent
+        and not redis.call('ZSCORE', wait, run.id) then
+        delay = math.max(run.due - now, 0)
       end
       local sent = run.pulled == asked.nonce and {envelope(run, math.max(run.due - now, 0))} or {}
       return reply(head.recent[position + 1], run, delay, {sent = sent})
