@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -121,6 +122,10 @@ def _ending(task: Any, run: Run, retval: Any, state: str | None) -> Ending | Non
         if isinstance(retval, Reject) and retval.requeue:
             return None
         return Ending.failed(retval if isinstance(retval, BaseException) else Reject(str(retval)))
+    error = sys.exc_info()[1]
+    if isinstance(error, Exception):
+        # A hook of the task has raised out of the tracer, which is on its way to tell (celery.app.trace, 5.5-5.7).
+        return Ending.failed(error)
     # No state: the process was told to stop. Where it is a pool child, the parent knows what that was.
     if _is_pool_child(run.lease):
         return None

@@ -209,7 +209,7 @@ class CoalescedTask(Task):
             return super().on_replace(sig)
         if self._takes_over(run, sig):
             # The caller's own reply queue, for rpc://: Celery would give the replacement the worker's.
-            options = {"reply_to": self.request.reply_to, **sig.options}
+            options = {**sig.options, "reply_to": self.request.reply_to}
             run.next_attempt = NextAttempt(sig.task, sig.args, sig.kwargs, options)
             raise Ignore("Replaced by the same key's task, once this attempt has ended")
         followers = run.coalescer.followers(run.lease)
@@ -291,8 +291,10 @@ class CoalescedTask(Task):
         policy = self.coalesce_policy.override({n: v for n, v in overrides.items() if n != "coalesce_key"})
         if self._get_app().conf.task_always_eager:
             return plain(task_id=task_id, **options)
-        if self.typing:
-            self.__header__(*(args or ()), **(kwargs or {}))
+        # A task that was written as a class has no header to check against.
+        header = getattr(self, "__header__", None)
+        if self.typing and header is not None:
+            header(*(args or ()), **(kwargs or {}))
         key = self._key(policy, args or (), kwargs or {}, overrides, options)
         if key is None:
             options["headers"] = {**(options.get("headers") or {}), HEADER: {"exempt": True}}
