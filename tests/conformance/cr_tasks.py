@@ -19,7 +19,7 @@ AGAIN, TIMES = "again", 2
 
 def define(app: Celery) -> None:
     """Register the task with an app."""
-    app.task(name="nested", bind=True, base=CoalescedTask, coalesce_key="<key>")(nested)
+    app.task(name="nested", shared=False, bind=True, base=CoalescedTask, coalesce_key="<key>")(nested)
 
 
 def nested(self: CoalescedTask, key: str, calls: int = 0, mode: str = "queue", value: Any = None) -> Any:

@@ -12,9 +12,11 @@ from tests.support.tasks import recorded
 
 def define(app: Celery) -> None:
     """Register the tasks with an app."""
-    app.task(name="crawl", bind=True, base=CoalescedTask, coalesce_key="<repo>")(crawl)
-    app.task(name="process", bind=True, base=CoalescedTask, coalesce_key="<org>")(process)
-    app.task(name="checkout", bind=True, base=CoalescedTask, coalesce_key="<user>", coalesce="serialize")(checkout)
+    app.task(name="crawl", shared=False, bind=True, base=CoalescedTask, coalesce_key="<repo>")(crawl)
+    app.task(name="process", shared=False, bind=True, base=CoalescedTask, coalesce_key="<org>")(process)
+    app.task(name="checkout", shared=False, bind=True, base=CoalescedTask, coalesce_key="<user>", coalesce="serialize")(
+        checkout
+    )
 
 
 # Data that `process` has not taken yet: a list on the journal's server.

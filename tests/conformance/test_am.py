@@ -23,6 +23,8 @@ from tests.support.process import ROOT
 from tests.support.traces import traces
 from tests.support.worker import WorkerProcess
 
+pytestmark = pytest.mark.core
+
 MakeApp = Callable[..., HarnessApp]
 MakeWorker = Callable[..., WorkerProcess]
 
@@ -145,8 +147,6 @@ def test_am_7_a_hundred_keys_leave_no_state_and_can_be_used_again(
 CALL_FROM_ANOTHER_PROCESS = """
 import sys
 from tests.support.app import make_app
-
-pytestmark = pytest.mark.core
 
 url, key, side, *values = sys.argv[1:]
 app = make_app(url, url)

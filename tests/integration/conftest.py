@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,12 @@ import pytest
 
 from celery_coalesce.records import Timing
 from tests.integration.driver import Driver
+from tests.integration.sites import LEASE, Site
+from tests.support.app import HarnessApp
+from tests.support.process import HOST
+from tests.support.proxy import TCPProxy
 from tests.support.servers import ValkeyServer
+from tests.support.worker import WorkerProcess
 
 
 @pytest.fixture
@@ -38,3 +44,30 @@ def drive(make_driver: Callable[..., Driver], request: pytest.FixtureRequest) ->
     driver = make_driver()
     driver.store.twice = request.param == "twice"
     return driver
+
+
+@pytest.fixture
+def make_site(
+    make_app: Callable[..., HarnessApp], make_worker: Callable[..., WorkerProcess]
+) -> Iterator[Callable[..., Site]]:
+    """Make a site: `make_site(aof=False, broker=None, backend=None, **settings)`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(aof: bool = False, broker: str | None = None, **settings: Any) -> Site:
+            state = stack.enter_context(ValkeyServer(aof=aof))
+            ours = stack.enter_context(TCPProxy(state.port))
+            theirs = stack.enter_context(TCPProxy(state.port))
+            conf = {
+                "coalesce_redis_url": f"redis://{HOST}:{ours.port}/0",
+                "coalesce_lease": LEASE,
+                **settings,
+            }
+            return Site(state, ours, theirs, make_app(broker, None, conf), make_worker)
+
+        yield make
+
+
+@pytest.fixture
+def site(make_site: Callable[..., Site]) -> Site:
+    """A site with default settings."""
+    return make_site()

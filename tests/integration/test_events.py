@@ -250,7 +250,7 @@ class TestErrors:
         assert order(journal) == ["start", "start", "success", "drain"]
         assert first["coalesce_run_id"] == second["coalesce_run_id"]
 
-    @pytest.mark.parametrize(("task", "given"), [("rejecting", {"requeue": False}), ("retried_by_hand", {})])
+    @pytest.mark.parametrize(("task", "given"), [("watched_rejecting", {"requeue": False}), ("retried_by_hand", {})])
     def test_end_that_celery_does_not_call_a_failure_is_an_error(
         self, task: str, given: dict[str, Any], app: HarnessApp, worker: WorkerProcess, journal: Journal
     ) -> None:
@@ -263,7 +263,7 @@ class TestErrors:
 
     def test_requeued_run_starts_again(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """`Reject(requeue=True)` ends nothing."""
-        app.tasks["rejecting"].delay(journal.key(), requeue=True)
+        app.tasks["watched_rejecting"].delay(journal.key(), requeue=True)
         journal.wait("coalesce_drain")
         assert order(journal) == ["start", "start", "success", "drain"]
 
@@ -348,7 +348,7 @@ class TestTriggers:
 class TestSkips:
     def test_bare_ignore_is_a_skip(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """A run that did nothing has started, and is told to have been skipped."""
-        app.tasks["ignoring"].delay(journal.key())
+        app.tasks["watched_ignoring"].delay(journal.key())
         journal.wait("coalesce_drain")
 
         assert order(journal) == ["start", "skip", "drain"]
@@ -490,7 +490,7 @@ class TestDeaths:
         if where == "coalesce_error":
             app.tasks["queue"].delay(journal.key(key), error="broken")
         else:
-            app.tasks["ignoring"].delay(journal.key(key))
+            app.tasks["watched_ignoring"].delay(journal.key(key))
         journal.wait("coalesce_drain", key=key)
 
         told = order(journal, key)
@@ -515,7 +515,7 @@ class TestReceivers:
         with pytest.raises(RuntimeError, match="broken"):
             second.get(timeout=10)
         journal.wait("coalesce_drain", key="raises:key")
-        app.tasks["ignoring"].delay(journal.key("raises:ignore"))
+        app.tasks["watched_ignoring"].delay(journal.key("raises:ignore"))
         journal.wait("coalesce_drain", key="raises:ignore")
 
         assert order(journal, "raises:key") == ["start", "success", "start", "error", "drain"]
@@ -616,9 +616,9 @@ class TestBus:
             monitor.wait("coalesce-drain")
             app.tasks["queue"].delay(journal.key("failing"), error="broken")
             monitor.wait("coalesce-drain", key=journal.key("failing"))
-            app.tasks["ignoring"].delay(journal.key("ignoring"))
-            monitor.wait("coalesce-drain", key=journal.key("ignoring"))
-            keys = ["key", "failing", "ignoring"]
+            app.tasks["watched_ignoring"].delay(journal.key("watched_ignoring"))
+            monitor.wait("coalesce-drain", key=journal.key("watched_ignoring"))
+            keys = ["key", "failing", "watched_ignoring"]
             if pool in ("prefork", "gevent"):  # nothing stops the body elsewhere
                 app.tasks["queue"].delay(journal.key("terminated"), gate="never")
                 started = journal.wait("start", key="terminated")
@@ -644,7 +644,7 @@ class TestBus:
         app = make_watched()
         worker = make_worker(app, events=False, concurrency=1, include=INCLUDE)
         with Monitor(app) as monitor:
-            for name in ("queue", "ignoring"):
+            for name in ("queue", "watched_ignoring"):
                 app.tasks[name].delay(journal.key(name))
                 journal.wait("coalesce_drain", key=name)
             app.tasks["work"].delay(journal.key("after")).get(timeout=10)

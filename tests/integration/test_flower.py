@@ -224,9 +224,9 @@ def test_followers_without_a_message_are_not_made_up(app: HarnessApp, flower: Fl
 
 def test_bare_ignore_ends(app: HarnessApp, flower: FlowerProcess, journal: Journal) -> None:
     """Celery alone leaves an ignored task as started for ever."""
-    first = app.tasks["ignoring"].delay(journal.key(), gate="g")
+    first = app.tasks["watched_ignoring"].delay(journal.key(), gate="g")
     journal.wait("start")
-    message = app.send_task("ignoring", (journal.key(),))
+    message = app.send_task("watched_ignoring", (journal.key(),))
     journal.wait("coalesce_trigger")
     journal.open("g")
     journal.wait("coalesce_drain")
@@ -236,12 +236,12 @@ def test_bare_ignore_ends(app: HarnessApp, flower: FlowerProcess, journal: Journ
 @pytest.mark.parametrize("requeue", [True, False])
 def test_rejected_runs_end(requeue: bool, app: HarnessApp, flower: FlowerProcess, journal: Journal) -> None:
     """Given back to the broker, or given up."""
-    result = app.tasks["rejecting"].delay(journal.key(), requeue=requeue)
+    result = app.tasks["watched_rejecting"].delay(journal.key(), requeue=requeue)
     journal.wait("coalesce_drain")
     flower.wait_states({result.id: "SUCCESS" if requeue else "FAILURE"})
 
 
-@pytest.mark.parametrize("how", ["work", "replaced_by", "ignoring"])
+@pytest.mark.parametrize("how", ["work", "replaced_by", "watched_ignoring"])
 def test_replaced_runs_end(how: str, app: HarnessApp, flower: FlowerProcess, journal: Journal) -> None:
     """By a plain task, by one of the same key, and by one of another key."""
     result = app.tasks["replaced"].delay(journal.key(), how)
@@ -249,7 +249,7 @@ def test_replaced_runs_end(how: str, app: HarnessApp, flower: FlowerProcess, jou
     flower.wait_states({result.id: "SUCCESS"})
 
 
-@pytest.mark.parametrize("how", ["work", "replaced_by", "ignoring"])
+@pytest.mark.parametrize("how", ["work", "replaced_by", "watched_ignoring"])
 def test_messages_that_joined_a_replaced_run_end(
     how: str, app: HarnessApp, flower: FlowerProcess, journal: Journal
 ) -> None:

@@ -386,7 +386,7 @@ def test_whatever_happens_no_promise_is_broken(machine: type[Interleavings]) -> 
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(os.environ.get("TEST_EXAMPLES", "30")),
+            max_examples=int(os.environ.get("TEST_EXAMPLES", "25")),
             stateful_step_count=int(os.environ.get("TEST_STEPS", "30")),
             deadline=None,
             suppress_health_check=list(HealthCheck),

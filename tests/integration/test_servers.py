@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -294,12 +295,15 @@ class Server:
 
 
 class TestWhatCanNotBeUsed:
-    def test_nothing_listens(self, make_app: MakeApp) -> None:
-        """An unreachable server: at once, as a dead broker, without its password."""
-        port = free_port()
-        app = make_app(conf={"coalesce_redis_url": f"redis://:{QUOTED}@{HOST}:{port}/0"})
-        with pytest.raises(StoreUnavailable, match=rf"redis://:\*\*@{HOST}:{port}/0 can not be reached") as raised:
+    @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "sentinel"])
+    def test_nothing_listens(self, make_app: MakeApp, scheme: str) -> None:
+        """An unreachable server: soon, as a dead broker, without its password."""
+        port, end = free_port(), "primary" if scheme == "sentinel" else "0"
+        app = make_app(conf={"coalesce_redis_url": f"{scheme}://:{QUOTED}@{HOST}:{port}/{end}"})
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=rf"://:\*\*@{HOST}:{port}/{end} can not be reached") as raised:
             call(app)
+        assert time.monotonic() - began < 8
         assert isinstance(raised.value, OperationalError)
         assert_no_password(raised.value)
 

@@ -27,18 +27,18 @@ from tests.support.tasks import recorded, work
 def define(app: Celery) -> None:
     """Register the tasks with an app."""
     tasks: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
-        ("ignoring", ignoring, {}),
+        ("watched_ignoring", ignoring, {}),
         ("replaced", replaced, {}),
         ("replaced_by", work, {"coalesce_scope": "replaced"}),
         ("rerun_if_lost", work, {"acks_late": True, "reject_on_worker_lost": True}),
         ("retried_if_lost", work, {"retry_on_worker_lost": True, "default_retry_delay": 0}),
         ("unprintable", unprintable, {}),
-        ("rejecting", rejecting, {"acks_late": True}),
+        ("watched_rejecting", rejecting, {"acks_late": True}),
         ("retried_by_hand", retried_by_hand, {}),
     ]
     for name, body, options in tasks:
-        app.task(name=name, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
-    app.task(name="whole", bind=True, base=CoalescedTask)(whole)
+        app.task(name=name, shared=False, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
+    app.task(name="whole", shared=False, bind=True, base=CoalescedTask)(whole)
 
 
 def ignoring(self: Task, key: str, gate: str | None = None) -> None:

@@ -46,7 +46,7 @@ def define_coalesced_tasks(app: Celery) -> None:
         if name == "merge":
             options["coalesce_args"] = merged
         body = retrying if "retry" in name else work
-        app.task(name=name, bind=True, base=CoalescedTask, **options)(body)
+        app.task(name=name, shared=False, bind=True, base=CoalescedTask, **options)(body)
 
 
 def journal_signals() -> None:

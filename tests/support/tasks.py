@@ -24,15 +24,15 @@ def define_tasks(app: Celery, base: type[Task] = Task) -> None:
     """Register the test tasks with an app, on a task class; `app.tasks["work"]` is one of them."""
 
     def task(name: str, body: Any, **options: Any) -> None:
-        app.task(name=name, bind=True, base=base, **options)(body)
+        app.task(name=name, shared=False, bind=True, base=base, **options)(body)
 
     task("work", work)
     task("late", work, acks_late=True)
     task("rerun", work, acks_late=True, reject_on_worker_lost=True)
     task("ignored", work, ignore_result=True)
     task("retrying", retrying)
-    app.task(name="collect", bind=True)(collect)
-    app.task(name="on_error", bind=True)(on_error)
+    app.task(name="collect", shared=False, bind=True)(collect)
+    app.task(name="on_error", shared=False, bind=True)(on_error)
 
 
 @contextmanager
