@@ -119,7 +119,7 @@ class Lease:
     key: str
     scope: str
     owner: str
-    #: The mode of the trigger that made the run.
+    #: The mode of the trigger that made the run; ``skip`` if its task is ever called so.
     mode: str = Mode.QUEUE.value
     store: bool = True
     #: ``running``, or how the gate is to end it: ``expired``, ``revoked``.

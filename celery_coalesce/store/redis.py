@@ -280,7 +280,11 @@ def _sentinel(url: str) -> Callable[[], Client]:
         )
 
     def make() -> Client:
-        sentinel = Sentinel(hosts, sentinel_kwargs={**sentinel_options, "socket_timeout": CONNECT_TIMEOUT}, **options)
+        sentinel = Sentinel(
+            hosts,
+            sentinel_kwargs={**_options(), "retry": Retry(ExponentialBackoff(), 0), **sentinel_options},
+            **options,
+        )
         return sentinel.master_for(name)
 
     return make

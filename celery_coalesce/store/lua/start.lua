@@ -2,8 +2,8 @@
 --
 -- KEYS: record, waiting, meta, timers, presence, held
 -- ARGV: asked (JSON: state, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch)
--- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, mode,
---   changed args or early, ms; carry, call; or pending, duplicate, gone, unknown
+-- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, mode
+--   (skip if its task is ever called so), changed args; or early, ms; carry, call; or pending, duplicate, gone, unknown
 -- Transition: dispatched | retrying | pending and due -> running
 -- Order: the holder's index before the run, so that a running run is always found from its dead holder.
 --# include record
@@ -22,10 +22,11 @@ local function lost_or_ended()
 end
 
 local function leased(head, run)
+  local mode = redis.call('HEXISTS', meta, 'skips:' .. run.task) == 1 and 'skip' or run.mode
   -- An older message may have come first: its arguments are not those that were merged since.
   local changed = run.version ~= asked.version and redis.call('HGET', rec, 'args:' .. run.id) or ''
   return {run.ending or 'running', run.token, head.session, run.index, run.triggers, run.store and '1' or '0',
-          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, run.mode, changed}
+          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, mode, changed}
 end
 
 local function start()

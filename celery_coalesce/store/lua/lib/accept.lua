@@ -185,6 +185,8 @@ local function accept()
     if run then
       if run.state ~= 'running' then run.store = run.store or asked.store end
       run.joined = true
+      -- From now on runs of this task say when their body has returned: skip calls look at it.
+      if run.mode ~= 'skip' then redis.call('HSET', meta, 'skips:' .. run.task, '1') end
       follow(run)
       write_run(run)
       remember(head, 'skipped', run)
