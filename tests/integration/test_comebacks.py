@@ -11,15 +11,10 @@ from kombu.exceptions import OperationalError
 
 from celery_coalesce import Disposition
 from tests.integration.sites import LEASE, Site
-from tests.support.app import HarnessApp
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import HOST, wait_until
 from tests.support.proxy import TCPProxy
 from tests.support.servers import ValkeyServer
-from tests.support.worker import WorkerProcess
-
-MakeApp = Callable[..., HarnessApp]
-MakeWorker = Callable[..., WorkerProcess]
 
 
 class TestThePublish:

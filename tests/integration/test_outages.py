@@ -16,10 +16,8 @@ from tests.support.app import HarnessApp
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import wait_until
 from tests.support.servers import ValkeyServer
-from tests.support.worker import WorkerProcess
 
 MakeApp = Callable[..., HarnessApp]
-MakeWorker = Callable[..., WorkerProcess]
 
 
 class TestAtTheCall:
