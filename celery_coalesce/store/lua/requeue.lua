@@ -8,7 +8,9 @@
 --# include record
 local head = read_head()
 local run = head and read_run(asked.run)
+if run and run.state == 'dispatched' and run.requeued == asked.token then return {'dispatched', {envelope(run)}} end
 if not run or run.state ~= 'running' or run.token ~= asked.token then return {'lost'} end
+run.requeued = run.token
 run.state, run.token, run.owner, run.claim, run.losses, run.again = 'dispatched', nil, nil, nil, 0, true
 set_timer(run, now + asked.redispatch)
 write_run(run)
