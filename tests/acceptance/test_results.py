@@ -110,18 +110,19 @@ class TestIgnoreResult:
         assert len(journal.events("start", key="body")) == 1
 
 
+@pytest.fixture(scope="class")
+def bare(state_server: ValkeyServer, journal_server: ValkeyServer) -> Any:
+    """An app without a result backend, and its worker."""
+    from tests.acceptance.conftest import INCLUDE, with_tasks
+    from tests.support.app import make_app
+
+    with make_app(state_server.new_db(), "disabled://") as app:
+        with_tasks(app)
+        with WorkerProcess.serving(app, include=INCLUDE) as worker:
+            yield app, worker
+
+
 class TestNoBackend:
-    @pytest.fixture(scope="class")
-    def bare(self, state_server: ValkeyServer, journal_server: ValkeyServer) -> Any:
-        """An app without a result backend, and its worker."""
-        from tests.acceptance.conftest import INCLUDE, with_tasks
-        from tests.support.app import make_app
-
-        with make_app(state_server.new_db(), "disabled://") as app:
-            with_tasks(app)
-            with WorkerProcess.serving(app, include=INCLUDE) as worker:
-                yield app, worker
-
     def test_runs_coalesce_and_follow_each_other(self, bare: Any, journal: Journal) -> None:
         """Everything but results."""
         app, _ = bare
@@ -176,20 +177,21 @@ class TestNoBackend:
         assert engine_of(app).coalescer.show("exiting", journal.key()) is None
 
 
+@pytest.fixture(scope="class")
+def remote(rabbit: RabbitServer, state_server: ValkeyServer, journal_server: ValkeyServer) -> Any:
+    """An app on RabbitMQ with `rpc://`, and its worker."""
+    from tests.acceptance.conftest import INCLUDE, with_tasks
+    from tests.support.app import make_app
+
+    conf = {"coalesce_redis_url": state_server.new_db(), "task_default_queue": "remote"}
+    with make_app(rabbit.url, "rpc://", conf) as app:
+        with_tasks(app)
+        with WorkerProcess.serving(app, include=INCLUDE) as worker:
+            yield app, worker
+
+
 class TestRpc:
     """Over `rpc://` a result goes to its caller's own queue alone: every joined caller is a follower."""
-
-    @pytest.fixture(scope="class")
-    def remote(self, rabbit: RabbitServer, state_server: ValkeyServer, journal_server: ValkeyServer) -> Any:
-        """An app on RabbitMQ with `rpc://`, and its worker."""
-        from tests.acceptance.conftest import INCLUDE, with_tasks
-        from tests.support.app import make_app
-
-        conf = {"coalesce_redis_url": state_server.new_db(), "task_default_queue": "remote"}
-        with make_app(rabbit.url, "rpc://", conf) as app:
-            with_tasks(app)
-            with WorkerProcess.serving(app, include=INCLUDE) as worker:
-                yield app, worker
 
     def test_every_joined_caller_gets_its_result(self, remote: Any, journal: Journal) -> None:
         """Under an id of its own."""
