@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from celery.utils import uuid
 
 from . import signals
-from .calls import HEADER, captured, encode, eta_header, follower_of, is_rpc, moment
+from .calls import CALLBACKS, HEADER, captured, encode, eta_header, follower_of, is_rpc, moment
 from .context import ATTRIBUTE, Run
 from .dispatch import publish_all, run_header
 from .engine import engine_of
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Call"]
 
 logger = logging.getLogger("celery_coalesce")
-
-#: Options that say who is told about a call, or with whom it belongs: another call's result is no answer to it.
-OWN = ("link", "link_error", "chain", "chord", "group_id")
 
 #: Options that the record holds for the message: a broker that drops an expired one in silence would cost a minute.
 HELD = frozenset({"headers", "countdown", "eta", "expires", "add_to_parent"})
@@ -71,7 +68,7 @@ class Call:
             kombu.exceptions.OperationalError: The broker can not be reached.
         """
         options = self._options
-        follows = task_id is not None or is_rpc(self._app) or any(options.get(name) for name in OWN)
+        follows = task_id is not None or is_rpc(self._app) or any(options.get(name) for name in CALLBACKS)
         arguments = self._dumped(arguments)
         trigger = self._trigger(arguments, task_id or uuid(), follows=follows)
         try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
 __all__ = [
+    "CALLBACKS",
     "HEADER",
     "TIMES",
     "UNREADABLE",
@@ -43,7 +44,7 @@ HEADER = "coalesce"
 #: Options of ``apply_async`` that the record keeps in fields of its own.
 TIMES = ("countdown", "eta", "expires")
 
-#: Options that say who is told about the end of a call.
+#: Options that say who is told about the end of a call: no other call's result is an answer to one that has them.
 CALLBACKS = ("link", "link_error", "chain", "chord", "group_id", "group_index")
 
 _ENTITIES = {"queue": Queue, "exchange": Exchange, "binding": binding}

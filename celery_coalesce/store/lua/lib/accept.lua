@@ -128,12 +128,7 @@ local function has_room(head)
       if not head.active[run_id] then reserved = reserved + 1 end
     end
   end
-  local limit, taken = asked.limit, reserved
-  for _, other in pairs(head.active) do
-    taken = taken + 1
-    if other < limit then limit = other end
-  end
-  return taken < limit
+  return fits(head, asked.limit, reserved)
 end
 
 -- unstarted -> the same run, covering one more trigger. Changes its arguments and due time alone.

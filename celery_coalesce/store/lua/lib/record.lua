@@ -78,9 +78,9 @@ local function clear_timer(run)
   redis.call('ZREM', timers, ref(run))
 end
 
--- May this run take a slot now? Only within the least limit of all concerned.
-local function fits(head, limit)
-  local taken = 0
+-- May a run take a slot now, beside those that are reserved? Only within the least limit of all concerned.
+local function fits(head, limit, reserved)
+  local taken = reserved or 0
   for _, other in pairs(head.active) do
     taken = taken + 1
     if other < limit then limit = other end
