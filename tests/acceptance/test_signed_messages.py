@@ -78,4 +78,4 @@ def test_signed_messages_coalesce(make_app: MakeApp, journal: Journal, tmp_path:
         assert called.stdout.strip() == "[1, 3, 3]", called.stderr
         journal.wait("end", key="key-link", count=2, timeout=20)
         assert len(journal.events("start", key="key")) == 2
-        assert_no_overlap(journal.events())
+        assert_no_overlap(journal.events(key="key"))
