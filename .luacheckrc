@@ -33,7 +33,11 @@ for _, path in ipairs(scripts_in(folder)) do
   files[path] = { read_globals = included }
 end
 
--- No library knows who uses what it defines. All but record are included after it.
-for _, path in ipairs(scripts_in(folder .. "lib/")) do
-  files[path] = { ignore = { "211" }, read_globals = path:match("/record%.lua$") and {} or defined_in("record") }
+-- No library knows who uses what it defines. All are included in this order.
+local before = {}
+for _, library in ipairs({ "record", "slots", "note", "accept", "cleared", "stopping" }) do
+  local included = {}
+  for _, name in ipairs(before) do included[#included + 1] = name end
+  files[folder .. "lib/" .. library .. ".lua"] = { ignore = { "211" }, read_globals = included }
+  for _, name in ipairs(defined_in(library)) do before[#before + 1] = name end
 end

@@ -13,17 +13,24 @@ All as far as the state server kept what it acknowledged.
 
 from __future__ import annotations
 
+from .coalescer import Coalescer
 from .errors import (
     CoalesceError,
+    HoldTimeout,
     InvalidKey,
     LeaseLost,
+    NotReentrant,
     OptionError,
+    PredecessorFailed,
     QueueFull,
     SettingError,
     StoreError,
     StoreUnavailable,
+    Superseded,
+    UnknownStep,
 )
-from .records import RunMeta, TriggerMeta
+from .options import Constraint
+from .records import ConstraintView, RunMeta, RunView, TaskHistory, TriggerMeta
 from .result import CoalescedResult
 from .states import Disposition, Outcome
 from .task import CoalescedTask
@@ -32,17 +39,27 @@ __all__ = [
     "CoalesceError",
     "CoalescedResult",
     "CoalescedTask",
+    "Coalescer",
+    "Constraint",
+    "ConstraintView",
     "Disposition",
+    "HoldTimeout",
     "InvalidKey",
     "LeaseLost",
+    "NotReentrant",
     "OptionError",
     "Outcome",
+    "PredecessorFailed",
     "QueueFull",
     "RunMeta",
+    "RunView",
     "SettingError",
     "StoreError",
     "StoreUnavailable",
+    "Superseded",
+    "TaskHistory",
     "TriggerMeta",
+    "UnknownStep",
 ]
 
 __version__ = "0.1.0"

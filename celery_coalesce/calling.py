@@ -13,11 +13,12 @@ from . import signals
 from .calls import CALLBACKS, HEADER, captured, encode, eta_header, follower_of, is_rpc, moment
 from .context import ATTRIBUTE, Run
 from .dispatch import publish_all, run_header
+from .endings import done_once, tell_caller
 from .engine import engine_of
 from .errors import CoalesceError, QueueFull, StoreUnavailable
 from .keys import state_id
 from .records import Accepted, RolledBack, RunMeta, Trigger
-from .states import Disposition, Outage
+from .states import Disposition, Outage, RunState
 from .triggering import accept, report
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Call:
             self._expect_reply(trigger.task_id)
         publish_all(self._engine, accepted.sent)
         report(self._engine.producer_bus, self._policy, trigger, accepted, arguments)
+        if follows and accepted.run_state is RunState.ENDED:
+            ending = done_once(self._app, self._policy.task, accepted.task_id)
+            call = captured(self._app, self._options)
+            tell_caller(self._app, self._policy.task, trigger.task_id, call, ending)
         if accepted.disposition is Disposition.REJECTED:
             raise QueueFull(self._policy.task, self._key, int(accepted.run))
         covered = accepted.disposition in (Disposition.COALESCED, Disposition.SKIPPED)
@@ -110,6 +115,8 @@ class Call:
             times=self._times(),
             within=self._within(),
             watch=signals.is_watched(signals.coalesce_trigger, self._engine.producer_bus),
+            needs=self._policy.needs(args, kwargs),
+            labels=self._policy.labels_of(args, kwargs),
         )
 
     def _times(self) -> dict[str, int]:
@@ -154,7 +161,7 @@ class Call:
 
     def _take_back(self, accepted: Accepted) -> None:
         try:
-            undone = self._engine.coalescer.rollback(self._state, accepted.run, accepted.task_id)
+            undone = self._engine.transitions.rollback(self._state, accepted.run, accepted.task_id)
         except CoalesceError:
             logger.warning(
                 "Run %s could be neither published nor taken back; it will be dispatched again",

@@ -15,8 +15,8 @@ from .records import Lease, RunMeta
 from .states import Mode
 
 if TYPE_CHECKING:
-    from .coalescer import Coalescer
     from .signals import EventBus
+    from .transitions import Transitions
 
 __all__ = ["ATTRIBUTE", "InlineRun", "NextAttempt", "Run"]
 
@@ -52,6 +52,11 @@ class InlineRun:
             raise AttributeError(name)
         return getattr(self.meta, name)
 
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer trigger waits; nothing does, without a lease."""
+        return False
+
     def check(self) -> None:
         """Do nothing: there is no lease."""
 
@@ -60,16 +65,16 @@ class Run(InlineRun):
     """``self.coalesce`` of a body that a worker runs. Has every field of :class:`~celery_coalesce.RunMeta`.
 
     Args:
-        coalescer: The engine.
+        transitions: The engine.
         lease: The run's lease.
         bus: Where its events go.
     """
 
-    def __init__(self, coalescer: Coalescer, lease: Lease, bus: EventBus) -> None:
+    def __init__(self, transitions: Transitions, lease: Lease, bus: EventBus) -> None:
         super().__init__(RunMeta.of(lease))
         self.lease = lease
         self.bus = bus
-        self.coalescer = coalescer
+        self.transitions = transitions
         #: The lease was refused: nothing of this attempt may be stored, published or reported.
         self.lost = False
         #: What continues the run.
@@ -90,12 +95,30 @@ class Run(InlineRun):
 
         .. versionadded:: 0.1
         """
-        if self.lost or not self.coalescer.check(self.lease):
+        if self.lost or not self.transitions.check(self.lease):
             self.lost = True
             raise LeaseLost(
                 f"run {self.lease.run} of {self.lease.task} ({self.lease.key!r}) has lost its lease "
                 f"(token {self.lease.token})"
             )
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer trigger of the key waits for this run to end. Asks the state server.
+
+        A long body may end early then: what it would still do, the next run does with newer arguments. Under
+        ``coalesce="replace"`` it is stopped ``coalesce_grace`` seconds later.
+
+        Raises:
+            LeaseLost: The run has lost its lease.
+            StoreUnavailable: The state server can not be asked.
+
+        .. versionadded:: 0.1
+        """
+        answer = None if self.lost else self.transitions.superseded(self.lease)
+        if answer is None:
+            self.check()
+        return bool(answer)
 
     def execute(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool) -> Any:
         """Run the body, and look at the lease before anything that follows from it.
@@ -132,7 +155,7 @@ class Run(InlineRun):
         shorter run can not have lost it. And only a ``skip`` trigger looks at whether a body has returned: one that
         comes from this run's callbacks, or from a caller that has seen the result of a single flight.
         """
-        overdue = time.monotonic() - self.lease.leased_at >= self.coalescer.timing.lease / 1000
+        overdue = time.monotonic() - self.lease.leased_at >= self.transitions.timing.lease / 1000
         matters = calls_on or self.lease.mode == Mode.SKIP
         if self.lost or not (matters or overdue):
             if self.lost:
@@ -141,7 +164,7 @@ class Run(InlineRun):
         never = threading.Event()
         for _ in range(int(ASK_FOR / ASK_AGAIN)):
             try:
-                if self.coalescer.check(self.lease, returned=True):
+                if self.transitions.check(self.lease, returned=True):
                     return
                 break
             except StoreUnavailable:

@@ -7,6 +7,7 @@ message in silence would cost a minute), and everything that the run's own ``app
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ from celery import Task
 
 from .calls import HEADER, UNREADABLE, decode, eta_header, options_of
 from .errors import CoalesceError
+from .records import Advance
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from .engine import Engine
-    from .records import Envelope
+    from .records import Envelope, Sent
 
 __all__ = ["publish_all", "run_header"]
 
@@ -31,37 +33,58 @@ def run_header(state: str, run: str, attempt: int = 0, version: int = 0) -> dict
     return {"state": state, "run": run, "attempt": attempt, "version": version}
 
 
-def publish_all(engine: Engine, envelopes: Iterable[Envelope]) -> None:
-    """Publish what a transition dispatched. What can not be published is noted, and tried again by the sweep."""
-    for envelope in envelopes:
+def publish_all(engine: Engine, sent: Iterable[Sent]) -> None:
+    """Do what a transition leaves to others: publish messages, and advance other keys.
+
+    What can not be published is noted, and tried again by the sweep; it advances what is not advanced here, too.
+    """
+    left = deque(sent)
+    while left:
+        each = left.popleft()
+        if not isinstance(each, Advance):
+            left.extend(_published(engine, each))
+            continue
         try:
-            _publish(engine.app, envelope)
-        except UNREADABLE as error:
-            # Nothing that time mends.
-            logger.exception(
-                "Run %s of %s can not be published",
+            left.extend(engine.transitions.advance(each.state))
+        except CoalesceError:
+            logger.warning(
+                "A key that was given way to could not be advanced yet",
+                exc_info=True,
+                extra={"action": "advance_failed", "state_id": each.state},
+            )
+
+
+def _published(engine: Engine, envelope: Envelope) -> Iterable[Sent]:
+    """Publish one message; return what is sent in its place if it can not be made."""
+    try:
+        _publish(engine.app, envelope)
+    except UNREADABLE as error:
+        # Nothing that time mends.
+        logger.exception(
+            "Run %s of %s can not be published",
+            envelope.run,
+            envelope.task,
+            extra={"action": "unpublishable", "run_id": envelope.run, "task_id": envelope.task_id},
+        )
+        return engine.transitions.withdraw(envelope, repr(error))
+    except Exception:
+        # Whatever stands in the way (broker, router, serializer): the run is accepted, and stays in its record.
+        logger.exception(
+            "Run %s of %s could not be published",
+            envelope.run,
+            envelope.task,
+            extra={"action": "publish_failed", "run_id": envelope.run, "task_id": envelope.task_id},
+        )
+        try:
+            engine.transitions.unpublished(envelope)
+        except CoalesceError:
+            logger.warning(
+                "Run %s of %s will be published again once its timer is over",
                 envelope.run,
                 envelope.task,
-                extra={"action": "unpublishable", "run_id": envelope.run, "task_id": envelope.task_id},
+                extra={"action": "unpublished_unnoted", "run_id": envelope.run},
             )
-            publish_all(engine, engine.coalescer.withdraw(envelope, repr(error)))
-        except Exception:
-            # Whatever stands in the way (broker, router, serializer): the run is accepted, and stays in its record.
-            logger.exception(
-                "Run %s of %s could not be published",
-                envelope.run,
-                envelope.task,
-                extra={"action": "publish_failed", "run_id": envelope.run, "task_id": envelope.task_id},
-            )
-            try:
-                engine.coalescer.unpublished(envelope)
-            except CoalesceError:
-                logger.warning(
-                    "Run %s of %s will be published again once its timer is over",
-                    envelope.run,
-                    envelope.task,
-                    extra={"action": "unpublished_unnoted", "run_id": envelope.run},
-                )
+    return ()
 
 
 def _publish(app: Celery, envelope: Envelope) -> None:

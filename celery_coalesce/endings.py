@@ -19,14 +19,15 @@ from kombu.utils.encoding import safe_repr
 from . import signals
 from .calls import UNREADABLE, decode, request_context
 from .dispatch import publish_all
-from .errors import StoreError
-from .records import Finished, RunMeta
-from .states import Outcome
+from .errors import PredecessorFailed, StoreError, Superseded
+from .records import Ended, Finished, RunMeta
+from .states import OnError, Outcome
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from .engine import Engine
+    from .policy import Policy
     from .records import Cleared, Lease
     from .signals import EventBus
 
@@ -35,12 +36,17 @@ __all__ = [
     "announce_drain",
     "announce_end",
     "announce_outcome",
+    "done_once",
     "end_run",
+    "policy_of",
     "stored_ending",
     "tell_caller",
     "tell_cleared",
     "tell_follower",
 ]
+
+#: Why a run was taken out that a newer trigger replaces (store/lua/lib/stopping.lua).
+SUPERSEDED = "superseded"
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -57,14 +63,21 @@ class Ending:
     @classmethod
     def failed(cls, error: BaseException, traceback: str | None = None) -> Ending:
         """A run that raised, or whose process died."""
+        if isinstance(error, Superseded):
+            return cls(Outcome.STOPPED, error=error, traceback=traceback)
         return cls(Outcome.FAILED, error=error, traceback=traceback)
 
     @property
     def state(self) -> str:
         """The Celery state that callers see."""
-        if self.outcome in (Outcome.REVOKED, Outcome.EXPIRED):
+        if self.outcome in (Outcome.REVOKED, Outcome.EXPIRED) or isinstance(self.error, TaskRevokedError):
             return str(states.REVOKED)
         return str(states.FAILURE if self.error is not None else states.SUCCESS)
+
+    @property
+    def failure(self) -> bool:
+        """Whether the run itself went wrong, and nobody had stopped it."""
+        return self.outcome in (Outcome.FAILED, Outcome.LOST)
 
 
 def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0) -> bool:
@@ -83,21 +96,58 @@ def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told
     Raises:
         StoreUnavailable: The run goes on being this lease's; call again.
     """
+    stopped = _stop_waiting(engine, lease, ending)
+    ended = _ended(engine, lease, ending)
     watched = signals.is_watched(signals.coalesce_drain, bus)
     # A producer that clears a key knows nothing of who listens elsewhere: a worker announces that drain.
     drain = RunMeta.of(lease) if watched or bus.hostname is None else None
     while True:
-        reply = engine.coalescer.finish(lease, told=told, drain=drain, announced=watched)
+        reply = engine.transitions.finish(lease, told=told, ended=ended, drain=drain, announced=watched)
         if reply is None:
             return False
         if isinstance(reply, Finished):
             publish_all(engine, reply.sent)
+            for run in stopped:
+                tell_cleared(engine, run, bus)
             if reply.drain and watched:
                 announce_drain(engine, reply.drain, bus)
             return True
         for blob in reply.blobs:
             tell_follower(bus, blob, ending)
             told += 1
+
+
+def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:
+    """Return what a run's record and its task's history take from its end."""
+    policy = policy_of(engine.app, lease.task)
+    if policy is None or not lease.began:
+        return None
+    rests = ending.outcome is not Outcome.SKIPPED
+    return Ended(
+        outcome=ending.outcome,
+        error=safe_repr(ending.error)[: signals.MOST_SHOWN] if ending.failure else None,
+        rests=rests,
+        once=policy.once if ending.outcome is Outcome.SUCCEEDED else None,
+        cooldown=policy.cooldown,
+        rest=engine.longest_rest(policy.scope) if rests else 0.0,
+    )
+
+
+def _stop_waiting(engine: Engine, lease: Lease, ending: Ending) -> tuple[Cleared, ...]:
+    """Take what waits behind a failed run out of the queue, if its task says so, while it still holds its slot."""
+    policy = policy_of(engine.app, lease.task)
+    if policy is None or policy.on_error is not OnError.STOP or not (ending.failure and lease.began):
+        return ()
+    why = f"run {lease.run} failed with {safe_repr(ending.error)[: signals.MOST_SHOWN]}"
+    cleared = engine.transitions.clear(lease.scope, lease.key, lease.task, outcome=Outcome.STOPPED, why=why, by=lease)
+    publish_all(engine, cleared.sent)
+    return cleared.told_here
+
+
+def policy_of(app: Celery, task_name: str) -> Policy | None:
+    """Return the options of a task that this process knows and that coalesces."""
+    policy: Policy | None = getattr(app.tasks.get(task_name), "coalesce_policy", None)
+    return policy
 
 
 def tell_follower(bus: EventBus, blob: bytes, ending: Ending) -> None:
@@ -135,6 +185,9 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
             backend.mark_as_done(task_id, ending.value, request=context, store_result=not ignored)
             return
     store = not ignored or bool(task is not None and task.store_errors_even_if_ignored)
+    if isinstance(ending.error, Superseded):
+        backend.mark_as_failure(task_id, ending.error, request=context, store_result=store, state=states.REVOKED)
+        return
     if ending.state == states.REVOKED:
         backend.mark_as_revoked(task_id, ending.outcome.value, request=context, store_result=store)
         return
@@ -143,10 +196,9 @@ def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, An
 
 def tell_cleared(engine: Engine, cleared: Cleared, bus: EventBus) -> None:
     """Tell the callers of a run that was taken out of the queue, and forget it."""
-    app, lease, ending = engine.app, cleared.lease, Ending(Outcome.REVOKED)
+    app, lease, ending = engine.app, cleared.lease, _cleared_ending(cleared)
     call: dict[str, Any] = {}
     if cleared.why:
-        ending = Ending.failed(StoreError(f"run {lease.run} of {lease.task} can not be published: {cleared.why}"))
         announce_outcome(app, lease, ending, bus)
     try:
         call = decode(app, cleared.call) if cleared.call else {}
@@ -156,6 +208,17 @@ def tell_cleared(engine: Engine, cleared: Cleared, bus: EventBus) -> None:
     if cleared.received:
         announce_end(bus, lease.task_id, ending)
     end_run(engine, lease, ending, bus)
+
+
+def _cleared_ending(cleared: Cleared) -> Ending:
+    lease = cleared.lease
+    if cleared.outcome is Outcome.STOPPED and cleared.why == SUPERSEDED:
+        return Ending(Outcome.STOPPED, error=Superseded(lease.task, lease.key))
+    if cleared.outcome is Outcome.STOPPED:
+        return Ending(Outcome.STOPPED, error=PredecessorFailed(lease.task, lease.key, cleared.why))
+    if cleared.outcome is Outcome.FAILED:
+        return Ending.failed(StoreError(f"run {lease.run} of {lease.task} can not be published: {cleared.why}"))
+    return Ending(cleared.outcome)
 
 
 def _call_back(app: Celery, context: Any, value: Any) -> None:
@@ -197,9 +260,21 @@ def stored_ending(app: Celery, task_name: str, task_id: str) -> Ending | None:
     return None
 
 
+def done_once(app: Celery, task_name: str, task_id: str) -> Ending:
+    """Return the end of a run that need not begin, because another has done it: with that one's value.
+
+    Args:
+        app: The app.
+        task_name: The task.
+        task_id: The other run's task id. ``None`` is the value if its result is not stored any more.
+    """
+    done = stored_ending(app, task_name, task_id)
+    return Ending(Outcome.SKIPPED, value=done.value if done is not None else None)
+
+
 def announce_drain(engine: Engine, blob: bytes, bus: EventBus) -> None:
     """Announce a recorded drain, unless another process has."""
-    meta = engine.coalescer.take_drain(blob)
+    meta = engine.transitions.take_drain(blob)
     if meta is not None:
         signals.emit(signals.coalesce_drain, engine.app.tasks.get(meta.name), bus, meta)
 
@@ -207,7 +282,7 @@ def announce_drain(engine: Engine, blob: bytes, bus: EventBus) -> None:
 def announce_outcome(app: Celery, lease: Lease, ending: Ending, bus: EventBus) -> None:
     """Send the signal of a run that did not succeed."""
     task, meta = app.tasks.get(lease.task), RunMeta.of(lease)
-    if ending.error is not None and ending.state == states.FAILURE:
+    if ending.failure:
         shown = {"exception": safe_repr(ending.error)[: signals.MOST_SHOWN]}
         signals.emit(signals.coalesce_error, task, bus, meta, shown=shown, exception=ending.error)
     elif ending.outcome is not Outcome.SUCCEEDED:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .coalescer import Coalescer
 from .records import Timing
 from .settings import Settings
 from .signals import EventBus
+from .transitions import Transitions
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -24,9 +24,19 @@ class Engine:
 
     app: Celery
     settings: Settings
-    coalescer: Coalescer
+    transitions: Transitions
     #: The event bus of a process that is no worker.
     producer_bus: EventBus
+    _rests: dict[str, float] = field(default_factory=dict)
+
+    def longest_rest(self, scope: str) -> float:
+        """Return the longest ``coalesce_cooldown`` of the tasks that share a scope, in seconds."""
+        rest = self._rests.get(scope)
+        if rest is None:
+            policies = (getattr(task, "coalesce_policy", None) for task in self.app.tasks.values())
+            rest = max((policy.cooldown for policy in policies if policy and policy.scope == scope), default=0.0)
+            self._rests[scope] = rest
+        return rest
 
 
 def engine_of(app: Celery) -> Engine:
@@ -47,7 +57,7 @@ def engine_of(app: Celery) -> Engine:
             remember=int(2000 * _visibility_timeout(app)),
         )
         bus = EventBus(app, settings.events and bool(app.conf.task_send_sent_event))
-        engine = Engine(app, settings, Coalescer(connect(app, settings), timing), bus)
+        engine = Engine(app, settings, Transitions(connect(app, settings), timing), bus)
         app.__dict__[_ATTRIBUTE] = engine
     return engine
 

@@ -6,18 +6,23 @@ had": :exc:`LeaseLost` is the end of a run that had its slot, :exc:`StoreUnavail
 
 from __future__ import annotations
 
-from celery.exceptions import ImproperlyConfigured, WorkerLostError
+from celery.exceptions import ImproperlyConfigured, TaskRevokedError, WorkerLostError
 from kombu.exceptions import OperationalError
 
 __all__ = [
     "CoalesceError",
+    "HoldTimeout",
     "InvalidKey",
     "LeaseLost",
+    "NotReentrant",
     "OptionError",
+    "PredecessorFailed",
     "QueueFull",
     "SettingError",
     "StoreError",
     "StoreUnavailable",
+    "Superseded",
+    "UnknownStep",
 ]
 
 
@@ -99,6 +104,90 @@ class QueueFull(CoalesceError):
             f"{self.task}: key {self.key!r} has as many waiting runs as coalesce_max_queued allows; "
             'call again later, or use coalesce_overflow="merge"'
         )
+
+
+class PredecessorFailed(CoalesceError):
+    """``coalesce_on_error="stop"``: the run did not start, because one before it in the line failed.
+
+    Attributes:
+        task: Name of the task.
+        key: The key.
+        problem: Which run failed, and how.
+    """
+
+    def __init__(self, task: str, key: str, problem: str) -> None:
+        super().__init__(task, key, problem)
+        self.task, self.key, self.problem = task, key, problem
+
+    def __str__(self) -> str:
+        return f"{self.task}: key {self.key!r} was stopped: {self.problem}"
+
+
+class Superseded(CoalesceError, TaskRevokedError):
+    """``coalesce="replace"``: the run was stopped, because a newer trigger replaces it.
+
+    A body that stops by itself may raise it as well.
+
+    Attributes:
+        task: Name of the task.
+        key: The key.
+    """
+
+    def __init__(self, task: str = "", key: str = "") -> None:
+        super().__init__(task, key)
+        self.task, self.key = task, key
+
+    def __str__(self) -> str:
+        return f"{self.task}: a newer trigger of key {self.key!r} replaces this run" if self.task else "superseded"
+
+
+class HoldTimeout(CoalesceError, TimeoutError):
+    """A key was not free in time.
+
+    Attributes:
+        key: The key.
+        timeout: For how long it was waited, in seconds.
+    """
+
+    def __init__(self, key: str, timeout: float) -> None:
+        super().__init__(key, timeout)
+        self.key, self.timeout = key, timeout
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} was not free within {self.timeout} s; wait longer, or try again later"
+
+
+class NotReentrant(CoalesceError, RuntimeError):
+    """A key was to be held by who has it already: it would wait for itself.
+
+    Attributes:
+        key: The key.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} is held by this very code already, and can not be held twice"
+
+
+class UnknownStep(CoalesceError, LookupError):
+    """A body named a step that its task does not declare.
+
+    Attributes:
+        task: Name of the task.
+        step: The step.
+        known: The steps that are declared.
+    """
+
+    def __init__(self, task: str, step: str, known: list[str]) -> None:
+        super().__init__(task, step, known)
+        self.task, self.step, self.known = task, step, known
+
+    def __str__(self) -> str:
+        known = ", ".join(map(repr, self.known)) or "none"
+        return f"{self.task}: {self.step!r} is no step of coalesce_steps; known are: {known}"
 
 
 class LeaseLost(CoalesceError, WorkerLostError):

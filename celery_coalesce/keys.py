@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import InvalidKey
 
-__all__ = ["KeyTemplate", "Names", "Parameters", "TemplateError", "state_id"]
+__all__ = ["KeyTemplate", "Names", "Parameters", "TemplateError", "constraint_id", "state_id"]
 
 _TOKEN = re.compile(r"<<|>>|\{\{|\}\}|<([^<>{}]*)>|\{([^<>{}]*)\}|[<>{}]")
 _DOUBLED = ("<<", ">>", "{{", "}}")
@@ -133,28 +133,42 @@ class KeyTemplate:
         Raises:
             InvalidKey: A field has no value, or ``None``.
         """
-        return "".join(part if isinstance(part, str) else self._text(task, part, args, kwargs) for part in self._parts)
+        values = [part if isinstance(part, str) else self._value(task, part, args, kwargs) for part in self._parts]
+        for part, value in zip(self._parts, values, strict=True):
+            if value is None:
+                raise InvalidKey(
+                    task,
+                    None,
+                    f"{_field_name(part)!r} of the key {self.text!r} is None; pass coalesce_key=None for a call that "
+                    "shall not coalesce, or use a callable that returns None",
+                )
+        return "".join(map(str, values))
 
-    def _text(
+    def text_or_none(self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Return the text of a call, ``None`` if a field is ``None``.
+
+        Raises:
+            InvalidKey: A field has no value.
+        """
+        values = [part if isinstance(part, str) else self._value(task, part, args, kwargs) for part in self._parts]
+        return None if any(value is None for value in values) else "".join(map(str, values))
+
+    def _value(
         self, task: str, part: tuple[str, tuple[str, ...]], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> str:
+    ) -> Any:
         name, path = part
         try:
             value = self._parameters.value(name, args, kwargs)
             for step in path:
                 value = value[step] if isinstance(value, Mapping) else getattr(value, step)
         except (LookupError, AttributeError, TypeError) as error:
-            field = ".".join((name, *path))
-            raise InvalidKey(task, None, f"the call has no value for {field!r} of the key {self.text!r}") from error
-        if value is None:
-            field = ".".join((name, *path))
-            raise InvalidKey(
-                task,
-                None,
-                f"{field!r} of the key {self.text!r} is None; pass coalesce_key=None for a call that "
-                "shall not coalesce, or use a callable that returns None",
-            )
-        return str(value)
+            text = f"the call has no value for {_field_name(part)!r} of the key {self.text!r}"
+            raise InvalidKey(task, None, text) from error
+        return value
+
+
+def _field_name(part: str | tuple[str, tuple[str, ...]]) -> str:
+    return part if isinstance(part, str) else ".".join((part[0], *part[1]))
 
 
 def state_id(scope: str, key: str) -> str:
@@ -166,6 +180,11 @@ def state_id(scope: str, key: str) -> str:
     text = f"{len(scope)}:{scope}{key}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(text, digest_size=16).digest()
     return base64.b32encode(digest).decode("ascii").rstrip("=").lower()
+
+
+def constraint_id(name: str) -> str:
+    """Return the id under which a constraint is found, the same for ever."""
+    return state_id("", name)
 
 
 @dataclass(frozen=True)
@@ -181,9 +200,25 @@ class Names:
     def _name(self, *parts: str) -> str:
         return f"{self.prefix}{{{self.namespace}}}:" + ":".join(parts)
 
-    def record(self, state: str) -> tuple[str, str, str, str]:
-        """Return the four keys that every transition of a record takes."""
-        return (self._name("rec", state), self._name("wait", state), self.meta, self.timers)
+    def record(self, state: str) -> tuple[str, ...]:
+        """Return the keys that every transition of a record takes."""
+        own = (self._name("rec", state), self._name("wait", state), self.meta, self.timers, self._name("kept", state))
+        return (*own, self.busy, *self.constraints)
+
+    @property
+    def busy(self) -> str:
+        """Keys with a record, by their session."""
+        return self._name("busy")
+
+    @property
+    def constraints(self) -> tuple[str, str, str, str]:
+        """Constraints: their limits, who holds their slots, who waits in their lines, and when they have rested."""
+        return (self._name("limits"), self._name("slots"), self._name("lines"), self._name("resting"))
+
+    @property
+    def history(self) -> str:
+        """What is remembered of each task."""
+        return self._name("history")
 
     def held(self, process: str) -> str:
         """Return the index of the leases that hang from a process."""

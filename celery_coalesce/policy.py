@@ -1,4 +1,4 @@
-"""A task's options, validated all at once.
+"""What a task declared.
 
 A :class:`Policy` that exists makes sense: whatever does not is refused when the task is bound to its app, with an
 :exc:`~celery_coalesce.errors.OptionError` that names the task, the option, the value and the remedy.
@@ -6,43 +6,24 @@ A :class:`Policy` that exists makes sense: whatever does not is refused when the
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from . import options as read
 from .errors import InvalidKey, OptionError
-from .keys import KeyTemplate, Parameters, TemplateError
-from .states import Mode, Overflow, Rule
+from .keys import KeyTemplate, Parameters
+from .options import CONTRADICTIONS, NEEDS, OPTIONS, PER_CALL, Merge, Need, declared_on
+from .states import Mode, OnError, OnRetry, Overflow, Rule
 
-#: More runs of one key than this are a mistake.
-MOST = 1_000_000
+__all__ = ["Policy"]
 
-__all__ = ["OPTIONS", "PER_CALL", "Policy"]
-
-#: Every option of a task, with its default.
-OPTIONS: dict[str, Any] = {
-    "coalesce_key": None,
-    "coalesce_scope": None,
-    "coalesce": Mode.QUEUE.value,
-    "coalesce_max_queued": 1,
-    "coalesce_overflow": Overflow.MERGE.value,
-    "coalesce_args": Rule.LATEST.value,
-    "coalesce_limit": 1,
-}
-
-#: Those that one call may override. A scope and a limit are the task's alone: all runs of a key must agree on them.
-PER_CALL = frozenset({"coalesce", "coalesce_key", "coalesce_max_queued", "coalesce_overflow", "coalesce_args"})
-
-Merge = Callable[[dict[str, Any], dict[str, Any]], Mapping[str, Any]]
-WordT = TypeVar("WordT", bound=Enum)
+Text = KeyTemplate | Callable[..., str | None]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a task declared.
+    """A task's options. Times are seconds.
 
     Build one with :meth:`declare`; the fields are then consistent with each other.
     """
@@ -51,13 +32,28 @@ class Policy:
     scope: str
     parameters: Parameters
     #: ``None``: the whole task is one key.
-    key_of: KeyTemplate | Callable[..., str | None] | None
+    key_of: Text | None
     mode: Mode
     max_queued: int
     overflow: Overflow
     rule: Rule
     merge: Merge | None
     limit: int
+    delay: float | None = None
+    max_delay: float | None = None
+    cooldown: float = 0.0
+    #: What makes a constraint's name, its limit, its cooldown.
+    constraints: tuple[tuple[Text, int, float], ...] = ()
+    #: ``True``: for ever.
+    once: float | bool | None = None
+    should_run: Callable[..., Any] | None = None
+    on_error: OnError = OnError.CONTINUE
+    on_retry: OnRetry = OnRetry.HOLD
+    #: ``None``: a replaced run is asked to stop, and never made to.
+    grace: float | None = None
+    labels: Mapping[str, KeyTemplate] = field(default_factory=dict)
+    steps: Mapping[str, float] = field(default_factory=dict)
+    setup: Callable[[], Any] | None = None
 
     @classmethod
     def declare(cls, task: str, run: Callable[..., Any], bound: bool, options: Mapping[str, Any]) -> Policy:
@@ -74,27 +70,45 @@ class Policy:
         """
         for option in options:
             if option not in OPTIONS:
-                raise OptionError(task, option, options[option], "is no option", _suggest(option, OPTIONS))
+                raise OptionError(task, option, options[option], "is no option", read.suggest(option, OPTIONS))
         given = {**OPTIONS, **options}
         parameters = Parameters(run, bound)
-        rule, merge = _rule(task, given["coalesce_args"])
+        rule, merge = read.rule(task, given["coalesce_args"])
+        key = given["coalesce_key"]
+        should_run = read.sync_callable(task, "coalesce_should_run", given["coalesce_should_run"])
+        if should_run is not None:
+            read.same_signature(task, "coalesce_should_run", should_run, parameters)
         policy = cls(
             task=task,
-            scope=_scope(task, given["coalesce_scope"]),
+            scope=read.scope(task, given["coalesce_scope"]),
             parameters=parameters,
-            key_of=_key_of(task, given["coalesce_key"], parameters),
-            mode=_word(task, "coalesce", given["coalesce"], Mode),
-            max_queued=_count(task, "coalesce_max_queued", given["coalesce_max_queued"]),
-            overflow=_word(task, "coalesce_overflow", given["coalesce_overflow"], Overflow),
+            key_of=None if key is None else read.template(task, "coalesce_key", key, parameters),
+            mode=read.word(task, "coalesce", given["coalesce"], Mode),
+            max_queued=read.count(task, "coalesce_max_queued", given["coalesce_max_queued"]),
+            overflow=read.word(task, "coalesce_overflow", given["coalesce_overflow"], Overflow),
             rule=rule,
             merge=merge,
-            limit=_count(task, "coalesce_limit", given["coalesce_limit"]),
+            limit=read.count(task, "coalesce_limit", given["coalesce_limit"]),
+            delay=read.seconds(task, "coalesce_delay", given["coalesce_delay"]),
+            max_delay=read.seconds(task, "coalesce_max_delay", given["coalesce_max_delay"]),
+            cooldown=read.seconds(task, "coalesce_cooldown", given["coalesce_cooldown"], zero=True) or 0.0,
+            constraints=read.constraints(task, given["coalesce_constraints"], parameters),
+            once=read.once(task, given["coalesce_once"]),
+            should_run=should_run,
+            on_error=read.word(task, "coalesce_on_error", given["coalesce_on_error"], OnError),
+            on_retry=read.word(task, "coalesce_on_retry", given["coalesce_on_retry"], OnRetry),
+            grace=read.seconds(task, "coalesce_grace", given["coalesce_grace"], zero=True),
+            labels=read.labels(task, given["coalesce_labels"], parameters),
+            steps=read.steps(task, given["coalesce_steps"]),
+            setup=read.sync_callable(task, "coalesce_setup", given["coalesce_setup"]),
         )
-        policy._refuse_contradictions(frozenset(options))
+        policy._refuse_contradictions(options, given)
         return policy
 
     def override(self, options: Mapping[str, Any]) -> Policy:
         """Return this policy as one call overrides it (``coalesce_key`` is the caller's to handle).
+
+        What the task declares and the call's own mode has no use for is left aside.
 
         Raises:
             OptionError: An option is unknown, can not be given per call, is bad, or contradicts another.
@@ -105,45 +119,55 @@ class Policy:
                 if option in OPTIONS:
                     remedy = "declare it on the task"
                     raise OptionError(self.task, option, value, "can not differ from call to call", remedy)
-                raise OptionError(self.task, option, value, "is no option", _suggest(option, PER_CALL))
+                raise OptionError(self.task, option, value, "is no option", read.suggest(option, PER_CALL))
             if option == "coalesce":
-                changes["mode"] = _word(self.task, option, value, Mode)
+                changes["mode"] = read.word(self.task, option, value, Mode)
             elif option == "coalesce_max_queued":
-                changes["max_queued"] = _count(self.task, option, value)
+                changes["max_queued"] = read.count(self.task, option, value)
             elif option == "coalesce_overflow":
-                changes["overflow"] = _word(self.task, option, value, Overflow)
+                changes["overflow"] = read.word(self.task, option, value, Overflow)
             elif option == "coalesce_args":
-                changes["rule"], changes["merge"] = _rule(self.task, value)
+                changes["rule"], changes["merge"] = read.rule(self.task, value)
+            elif option in ("coalesce_delay", "coalesce_max_delay"):
+                changes[option.removeprefix("coalesce_")] = read.seconds(self.task, option, value)
         if not changes:
             return self
         policy = replace(self, **changes)
-        policy._refuse_contradictions(frozenset(options))
+        # What no call can do without: all runs of a key must agree on it.
+        fixed = {"coalesce_limit": self.limit, "coalesce_once": self.once, "coalesce_delay": policy.delay}
+        policy._refuse_contradictions(options, {**fixed, **options})
         return policy
 
-    def _refuse_contradictions(self, given: frozenset[str]) -> None:
-        if self.mode is Mode.SKIP and self.limit > 1:
+    def _refuse_contradictions(self, given: Mapping[str, Any], standing: Mapping[str, Any]) -> None:
+        """Refuse what makes no sense together.
+
+        Args:
+            given: The options that were given.
+            standing: Those, and what stands beside them.
+        """
+        for pair in CONTRADICTIONS:
+            if not (declared_on(pair.one, standing) and declared_on(pair.other, standing)):
+                continue
+            option = pair.one.partition("=")[0]
+            if option in given or pair.one in ("coalesce_limit", "coalesce_once"):
+                raise OptionError(self.task, option, standing[option], pair.reason, pair.remedy)
+        for pair in NEEDS:
+            if declared_on(pair.one, given) and not declared_on(pair.other, standing):
+                option = pair.one.partition("=")[0]
+                raise OptionError(self.task, option, given[option], pair.reason, pair.remedy)
+        if self.max_delay is not None and self.delay is not None and self.max_delay < self.delay:
             raise OptionError(
                 self.task,
-                "coalesce_limit",
-                self.limit,
-                'contradicts coalesce="skip", which answers a call with the one run there is',
-                'use coalesce_limit=1, or coalesce="queue"',
+                "coalesce_max_delay",
+                self.max_delay,
+                f"is shorter than coalesce_delay={self.delay}, which it bounds",
+                "make it longer",
             )
-        if self.mode is Mode.QUEUE:
-            return
-        for option in ("coalesce_max_queued", "coalesce_overflow", "coalesce_args"):
-            if option in given and "coalesce" in given:
-                raise OptionError(
-                    self.task,
-                    option,
-                    {
-                        "coalesce_max_queued": self.max_queued,
-                        "coalesce_overflow": self.overflow.value,
-                        "coalesce_args": self.merge or self.rule.value,
-                    }[option],
-                    f"has no meaning with coalesce={self.mode.value!r}, which merges nothing",
-                    'leave it out, or use coalesce="queue"',
-                )
+
+    @property
+    def merges(self) -> bool:
+        """Whether a trigger joins a run that has not started."""
+        return self.mode in (Mode.QUEUE, Mode.REPLACE)
 
     def key(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Return the key of a call, ``None`` if it is exempt.
@@ -156,12 +180,15 @@ class Policy:
         if isinstance(self.key_of, KeyTemplate):
             key: object = self.key_of.key(self.task, args, kwargs)
         else:
-            # Bound first, so that the task's defaults count even where the callable has none.
-            args, kwargs = self.parameters.unbind(self.parameters.bind(args, kwargs))
-            key = self.key_of(*args, **kwargs)
+            key = self._called(self.key_of, args, kwargs)
             if key is None:
                 return None
         return self.checked(key)
+
+    def _called(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # Bound first, so that the task's defaults count even where the callable has none.
+        args, kwargs = self.parameters.unbind(self.parameters.bind(args, kwargs))
+        return function(*args, **kwargs)
 
     def checked(self, key: object) -> str:
         """Return a key that is a non-empty string.
@@ -175,95 +202,36 @@ class Policy:
             raise InvalidKey(self.task, key, "a key may not be empty; return None for a call that is exempt")
         return key
 
+    def needs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Need, ...]:
+        """Return the constraints of a call, each name once with what is strictest.
+
+        Raises:
+            InvalidKey: A name is not a non-empty string.
+        """
+        found: dict[str, Need] = {}
+        for made, limit, cooldown in self.constraints:
+            if isinstance(made, KeyTemplate):
+                name: object = made.text_or_none(self.task, args, kwargs)
+            else:
+                name = self._called(made, args, kwargs)
+            if name is None:
+                continue
+            if not isinstance(name, str) or not name:
+                raise InvalidKey(self.task, name, f"a constraint's name is a non-empty string, not {name!r}")
+            other = found.get(name, Need(name, limit, cooldown))
+            found[name] = Need(name, min(limit, other.limit), max(cooldown, other.cooldown))
+        return tuple(found.values())
+
+    def labels_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, str]:
+        """Return the labels of a call; one with a field that is ``None`` is left out.
+
+        Raises:
+            InvalidKey: A label's field has no value.
+        """
+        made = {name: text.text_or_none(self.task, args, kwargs) for name, text in self.labels.items()}
+        return {name: text for name, text in made.items() if text is not None}
+
     @property
     def whole_task(self) -> bool:
         """Whether the whole task is one key."""
         return self.key_of is None
-
-
-def _suggest(option: str, known: Any) -> str:
-    close = difflib.get_close_matches(option, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else "known are: " + ", ".join(sorted(known))
-
-
-def _word(task: str, option: str, value: object, words: type[WordT]) -> WordT:
-    try:
-        return words(value)
-    except ValueError:
-        known = ", ".join(repr(word.value) for word in words)
-        raise OptionError(task, option, value, "is not known", f"use one of {known}") from None
-
-
-def _count(task: str, option: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
-        raise OptionError(task, option, value, "is not a whole number from 1 to 1,000,000", "give such a number")
-    return value
-
-
-def _scope(task: str, value: object) -> str:
-    if value is None:
-        return task
-    if not isinstance(value, str) or not value:
-        raise OptionError(
-            task, "coalesce_scope", value, "is not a non-empty string", "leave it out to use the task's name"
-        )
-    return value
-
-
-def _rule(task: str, value: object) -> tuple[Rule, Merge | None]:
-    if callable(value):
-        try:
-            inspect.signature(value).bind({}, {})
-        except TypeError:
-            raise OptionError(
-                task, "coalesce_args", value, "does not take two arguments", "write merge(earlier, later)"
-            ) from None
-        return Rule.MERGE, value
-    if value not in (Rule.LATEST.value, Rule.FIRST.value):
-        raise OptionError(
-            task,
-            "coalesce_args",
-            value,
-            "is not known",
-            "use 'latest', 'first' or a function merge(earlier, later)",
-        )
-    return Rule(value), None
-
-
-def _key_of(task: str, value: object, parameters: Parameters) -> KeyTemplate | Callable[..., str | None] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            return KeyTemplate(value, parameters)
-        except TemplateError as error:
-            raise OptionError(task, "coalesce_key", value, error.problem, error.remedy) from None
-    if not callable(value):
-        raise OptionError(
-            task,
-            "coalesce_key",
-            value,
-            "is neither a template nor a callable",
-            'write "org:<org_id>", or a function with the task\'s own parameters',
-        )
-    _same_signature(task, value, parameters)
-    return value
-
-
-def _same_signature(task: str, function: Callable[..., Any], parameters: Parameters) -> None:
-    """Refuse a callable that could not be called with what the task is called with."""
-    try:
-        own = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    takes_any = {p.kind for p in own.parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD in takes_any and inspect.Parameter.VAR_POSITIONAL in takes_any:
-        return
-    if list(own.parameters) != list(parameters.signature.parameters):
-        raise OptionError(
-            task,
-            "coalesce_key",
-            function,
-            f"takes {own}",
-            f"give it the task's own parameters, {parameters.signature}",
-        )

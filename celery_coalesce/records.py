@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
-from .states import Answer, Disposition, Mode, RunState
+from .options import Need
+from .states import Answer, Disposition, Mode, Outcome, RunState
 
 __all__ = [
     "Accepted",
+    "Advance",
     "Cleared",
     "ClearedKey",
+    "ConstraintView",
+    "Ended",
     "Envelope",
     "Finished",
     "Followers",
@@ -23,7 +29,11 @@ __all__ = [
     "RecordView",
     "RolledBack",
     "RunMeta",
+    "RunView",
+    "Sent",
     "Started",
+    "Stop",
+    "TaskHistory",
     "Timing",
     "Trigger",
     "TriggerMeta",
@@ -50,6 +60,10 @@ class Trigger:
     message: str | None = None
     #: Whether anybody wants to know the arguments that this trigger replaces.
     watch: bool = False
+    needs: tuple[Need, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    #: Milliseconds after which a run that was given its slot, and did not start, is given up; ``None``: never.
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,42 @@ class Envelope:
 
 
 @dataclass(frozen=True)
+class Advance:
+    """A key whose first waiting run was given way to by a run of another key."""
+
+    state: str
+
+
+#: What a transition leaves to others.
+Sent = Envelope | Advance
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A running run that is to be stopped, because a newer trigger replaces it."""
+
+    owner: str
+    task_id: str
+    run: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended that had begun. Times are seconds."""
+
+    outcome: Outcome
+    #: What went wrong, for people.
+    error: str | None = None
+    #: Whether it has done anything, so that its key and its constraints rest.
+    rests: bool = True
+    #: For how long no further run is needed; ``True`` for ever.
+    once: float | bool | None = None
+    #: How long the key rests before another run of the task, and of whichever task of the scope rests longest.
+    cooldown: float = 0.0
+    rest: float = 0.0
+
+
+@dataclass(frozen=True)
 class Accepted:
     """What became of a trigger."""
 
@@ -82,7 +132,7 @@ class Accepted:
     delay: int | None
     #: The arguments that this trigger's took the place of, if asked for.
     replaced: bytes
-    sent: tuple[Envelope, ...]
+    sent: tuple[Sent, ...]
 
 
 @dataclass(frozen=True)
@@ -126,6 +176,8 @@ class Lease:
     answer: str = Answer.RUNNING.value
     #: Milliseconds since the epoch.
     expires: int | None = None
+    #: As JSON; empty for none.
+    labels: str = ""
     #: The merged arguments, if they are not the message's.
     args: bytes = b""
     #: Where the body runs, and whether anybody follows its events.
@@ -133,6 +185,11 @@ class Lease:
     monitored: bool = False
     #: The monotonic clock of the machine when the lease was given, in seconds.
     leased_at: float = 0.0
+
+    @property
+    def began(self) -> bool:
+        """Whether the run's body was to be run: it was not ended at the gate, or taken out of the queue."""
+        return bool(self.owner) and self.answer == Answer.RUNNING
 
     @property
     def ref(self) -> str:
@@ -183,6 +240,11 @@ class Started:
     wait: int = 0
     #: The revoked run's call, for ``carry``.
     call: bytes = b""
+    #: The task id of the run that had done it once, for ``skipped``.
+    done: str = ""
+    #: What is to be stopped, for ``stop``.
+    stops: tuple[Stop, ...] = ()
+    sent: tuple[Sent, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,7 +258,7 @@ class Followers:
 class Finished:
     """A run has ended."""
 
-    sent: tuple[Envelope, ...]
+    sent: tuple[Sent, ...]
     drained: bool
     #: What the drain is announced with, if it was put aside for that.
     drain: bytes = b""
@@ -209,7 +271,7 @@ class LostLease:
     lease: Lease
     call: bytes
     #: What is dispatched again; empty if the lease is now the sweeper's, to be ended.
-    sent: tuple[Envelope, ...]
+    sent: tuple[Sent, ...]
 
 
 @dataclass(frozen=True)
@@ -218,9 +280,10 @@ class Cleared:
 
     lease: Lease
     call: bytes
+    outcome: Outcome = Outcome.REVOKED
     #: Whether a worker has received a message of the run, so that monitors wait for its end.
     received: bool = False
-    #: Why it can not run; empty if an operator cleared it.
+    #: Why it will not run; empty if an operator cleared it.
     why: str = ""
 
 
@@ -231,7 +294,7 @@ class ClearedKey:
     count: int
     #: The runs whose callers the operator's process tells; those that monitors know are told by a worker.
     told_here: tuple[Cleared, ...]
-    sent: tuple[Envelope, ...]
+    sent: tuple[Sent, ...]
 
 
 @dataclass(frozen=True)
@@ -239,7 +302,7 @@ class RolledBack:
     """A dispatch that was taken back, or not."""
 
     #: What may go in its place.
-    sent: tuple[Envelope, ...] = ()
+    sent: tuple[Sent, ...] = ()
     #: The session that drained with it, if it had had other runs.
     drained: int | None = None
     last_index: int = 0
@@ -249,9 +312,10 @@ class RolledBack:
 class Woken:
     """A run whose timer was over."""
 
-    sent: tuple[Envelope, ...] = ()
+    sent: tuple[Sent, ...] = ()
     reason: str = ""
     cleared: Cleared | None = None
+    stops: tuple[Stop, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -283,7 +347,7 @@ class RunMeta:
         attempt: How often the run was tried before, from 0.
         token: The fencing token of this attempt's lease. Grows with every lease of the key.
         triggers: How many calls the run covers.
-        labels: For later use; empty.
+        labels: The labels of the call that made the run.
         is_rerun: Whether the run is a follow-up (``run_index > 0``).
 
     .. versionadded:: 0.1
@@ -328,7 +392,58 @@ class RunMeta:
             attempt=lease.attempt,
             token=int(lease.token),
             triggers=lease.triggers,
+            labels=json.loads(lease.labels) if lease.labels else {},
         )
+
+
+@dataclass(frozen=True)
+class ConstraintView:
+    """A constraint as it stood when it was looked at.
+
+    Attributes:
+        name: Its name.
+        limit: How many runs go on at once.
+        declared: What its tasks last said about that; ``None`` if none has run since a limit was set.
+        running: How many runs hold a slot.
+        waiting: How many runs wait in line, one of each key at most.
+        rests: Seconds until it has rested.
+
+    .. versionadded:: 0.1
+    """
+
+    name: str
+    limit: int
+    declared: int | None
+    running: int
+    waiting: int
+    rests: float
+
+
+@dataclass(frozen=True)
+class TaskHistory:
+    """What is remembered of a task.
+
+    Attributes:
+        runs: How many runs have ended.
+        errors: How many of them failed.
+        last_error: The last failure's exception, ``None`` once a run has succeeded.
+        last_key: The key of the last run that ended; ``None`` if there was none.
+        last_run_id: That run.
+        last_task_id: Its task id.
+        last_end: When it ended.
+        last_outcome: How it ended.
+
+    .. versionadded:: 0.1
+    """
+
+    runs: int
+    errors: int
+    last_error: str | None = None
+    last_key: str | None = None
+    last_run_id: int | None = None
+    last_task_id: str | None = None
+    last_end: datetime | None = None
+    last_outcome: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -340,6 +455,62 @@ class RecordView:
     runs: tuple[Mapping[str, Any], ...]
     #: The server's clock, in milliseconds.
     now: int
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as it stood when it was looked at.
+
+    Attributes:
+        key: The key.
+        scope: What the key is unique in.
+        name: The task's name.
+        task_id: The run's Celery task id.
+        state_id: The key's id.
+        session_id: The burst of the key that the run belongs to.
+        run_id: The run.
+        state: Where it is: ``pending``, ``dispatched``, ``running``, ``retrying``, ``cleared``.
+        triggers: How many calls it covers.
+        attempt: How often it was tried before.
+        due: Before this moment it does not start.
+        labels: The labels of the call that made it.
+
+    .. versionadded:: 0.1
+    """
+
+    key: str
+    scope: str
+    name: str
+    task_id: str
+    state_id: str
+    session_id: int
+    run_id: int
+    state: RunState
+    triggers: int
+    attempt: int
+    due: datetime
+    labels: Mapping[str, str]
+
+    @classmethod
+    def all_of(cls, state: str, view: RecordView) -> tuple[RunView, ...]:
+        """Return the runs of a record, in the order in which they were accepted."""
+        return tuple(
+            cls(
+                key=view.key,
+                scope=view.head["scope"],
+                name=run["task"],
+                task_id=run["task_id"],
+                state_id=state,
+                session_id=int(view.head["session"]),
+                run_id=int(run["id"]),
+                state=RunState(run["state"]),
+                triggers=run["triggers"],
+                attempt=run["attempt"],
+                due=datetime.fromtimestamp(run["due"] / 1000, timezone.utc),
+                labels=json.loads(run["labels"]) if run.get("labels") else {},
+            )
+            for run in sorted(view.runs, key=lambda run: int(run["seq"]))
+        )
 
 
 @dataclass(frozen=True)
@@ -355,7 +526,9 @@ class TriggerMeta:
         disposition: What became of the trigger.
         run_id: The run that covers it.
         run_task_id: That run's task id.
-        run_state: Where that run was: ``pending``, ``dispatched``, ``running``, ``retrying``.
+        run_state: Where that run was: ``pending``, ``dispatched``, ``running``, ``retrying``; ``ended`` if it was done
+            once and for all.
+        labels: The call's labels.
 
     .. versionadded:: 0.1
     """
@@ -369,6 +542,7 @@ class TriggerMeta:
     run_id: int
     run_task_id: str
     run_state: RunState
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for events and logs."""

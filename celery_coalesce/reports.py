@@ -23,9 +23,9 @@ from . import replacements, signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
-from .endings import Ending, announce_end, announce_outcome, end_run
+from .endings import Ending, announce_end, announce_outcome, end_run, policy_of
 from .engine import Engine, engine_of
-from .errors import StoreUnavailable
+from .errors import StoreUnavailable, Superseded
 from .records import Lease
 from .signals import MOST_SHOWN, EventBus
 from .states import Outcome
@@ -58,7 +58,7 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
         return
     app = task.app
     bus = EventBus(app, lease.monitored, lease.hostname)
-    run = Run(engine_of(app).coalescer, lease, bus)
+    run = Run(engine_of(app).transitions, lease, bus)
     request.__dict__[ATTRIBUTE] = run
     signals.emit(signals.coalesce_start, task, bus, run.meta)
 
@@ -76,6 +76,9 @@ def on_failure(sender: Any, exception: Any = None, einfo: Any = None, **_: Any) 
     if run is None or run.lost or run.next_attempt is not None:
         return
     run.traceback = str(getattr(einfo, "traceback", "") or "") or None
+    if isinstance(exception, Superseded):
+        announce_outcome(sender.app, run.lease, Ending.failed(exception), run.bus)
+        return
     shown = {"exception": safe_repr(exception)[:MOST_SHOWN]}
     signals.emit(signals.coalesce_error, sender, run.bus, run.meta, shown=shown, exception=exception)
 
@@ -183,7 +186,7 @@ def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
     app = engine.app
     options = dict(attempt.options)
     headers = {name: value for name, value in (options.pop("headers", None) or {}).items() if name != HEADER}
-    times: dict[str, int] = {}
+    times: dict[str, Any] = {}
     countdown, eta = options.pop("countdown", None), options.pop("eta", None)
     if countdown:
         times["delay"] = int(float(countdown) * 1000)
@@ -197,7 +200,10 @@ def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
     if not options.get("parent_id"):
         # The attempt that is just ending is no parent of its own successor.
         call.pop("parent_id", None)
-    sent = engine.coalescer.retry(
+    policy = policy_of(app, attempt.task)
+    if policy is not None:
+        times["on_retry"] = policy.on_retry
+    sent = engine.transitions.retry(
         lease,
         attempt.task,
         encode((attempt.args, attempt.kwargs), serializer),

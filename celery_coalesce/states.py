@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["Answer", "Disposition", "Mode", "Outage", "Outcome", "Overflow", "Rule", "RunState"]
+__all__ = [
+    "Answer",
+    "Disposition",
+    "Mode",
+    "OnError",
+    "OnRetry",
+    "Outage",
+    "Outcome",
+    "Overflow",
+    "Rule",
+    "RunState",
+]
 
 
 class Word(str, Enum):
@@ -33,6 +44,8 @@ class RunState(Word):
     RUNNING = "running"
     RETRYING = "retrying"
     CLEARED = "cleared"
+    #: Not in the record any more; only its ``once`` is.
+    ENDED = "ended"
 
 
 class Outcome(Word):
@@ -53,6 +66,7 @@ class Mode(Word):
     QUEUE = "queue"
     SKIP = "skip"
     SERIALIZE = "serialize"
+    REPLACE = "replace"
 
 
 class Overflow(Word):
@@ -67,6 +81,21 @@ class Rule(Word):
 
     LATEST = "latest"
     FIRST = "first"
+    MERGE = "merge"
+
+
+class OnError(Word):
+    """``coalesce_on_error``: what a failure does to what was already waiting."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+
+
+class OnRetry(Word):
+    """``coalesce_on_retry``: what becomes of a key while a run of it waits for its retry."""
+
+    HOLD = "hold"
+    RELEASE = "release"
     MERGE = "merge"
 
 
@@ -86,7 +115,9 @@ class Answer(Word):
     EXPIRED = "expired"
     REVOKED = "revoked"
     EARLY = "early"
+    SKIPPED = "skipped"
     CARRY = "carry"
+    STOP = "stop"
     PENDING = "pending"
     DUPLICATE = "duplicate"
     GONE = "gone"

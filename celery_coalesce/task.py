@@ -212,7 +212,7 @@ class CoalescedTask(Task):
             options = {**sig.options, "reply_to": self.request.reply_to}
             run.next_attempt = NextAttempt(sig.task, sig.args, sig.kwargs, options)
             raise Ignore("Replaced by the same key's task, once this attempt has ended")
-        followers = run.coalescer.followers(run.lease)
+        followers = run.transitions.followers(run.lease)
         if followers is None:
             run.lost = True
             raise Ignore("The lease was lost")
@@ -390,7 +390,7 @@ class CoalescedTask(Task):
         if key is None:
             return 0
         engine = engine_of(self._get_app())
-        cleared = engine.coalescer.clear(policy.scope, key, str(self.name))
+        cleared = engine.transitions.clear(policy.scope, key, str(self.name))
         publish_all(engine, cleared.sent)
         for run in cleared.told_here:
             tell_cleared(engine, run, engine.producer_bus)

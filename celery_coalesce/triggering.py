@@ -50,12 +50,12 @@ def accept(
         StoreUnavailable: The state server can not be reached.
         Exception: Whatever the merge function raises; nothing was changed.
     """
-    reply = engine.coalescer.trigger(policy, trigger)
+    reply = engine.transitions.trigger(policy, trigger)
     for _ in range(MOST_MERGES):
         if not isinstance(reply, MergeWanted):
             return reply
         merged = encode(_merged(engine.app, policy, reply.args, arguments), serializer)
-        reply = engine.coalescer.trigger(policy, replace(trigger, args=merged), reply)
+        reply = engine.transitions.trigger(policy, replace(trigger, args=merged), reply)
     raise StoreError(f"{policy.task}: key {trigger.key!r} changes faster than arguments can be merged")
 
 
@@ -103,6 +103,7 @@ def report(
         run_id=int(accepted.run),
         run_task_id=accepted.task_id,
         run_state=accepted.run_state,
+        labels=trigger.labels,
     )
     signals.emit(
         signals.coalesce_trigger,

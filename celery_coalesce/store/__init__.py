@@ -19,6 +19,10 @@ class Store(Protocol):
         """Run a transition and return its reply."""
         ...
 
+    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        """Run transitions, each given as the arguments of :meth:`call`, in their order; return their replies."""
+        ...
+
     def connect(self) -> None:
         """Make the client now, for the processes that are forked from this one."""
         ...

@@ -16,26 +16,35 @@ __all__ = ["SCRIPTS", "Script", "script"]
 _INCLUDE = re.compile(r"^--# include (\w+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
 
+#: What every transition of a record takes first: the record and its waiting runs, the namespace's numbers and timers,
+#: what outlives the record, the index of busy keys, and the constraints.
+RECORD = ("record", "waiting", "meta", "timers", "kept", "busy", "limits", "slots", "lines", "resting")
+
 #: The name of every transition, with the names of the keys that it takes.
 SCRIPTS: dict[str, tuple[str, ...]] = {
-    "trigger": ("record", "waiting", "meta", "timers"),
-    "admit": ("record", "waiting", "meta", "timers", "seen"),
-    "start": ("record", "waiting", "meta", "timers", "presence", "held"),
-    "check": ("record", "waiting", "meta", "timers"),
-    "finish": ("record", "waiting", "meta", "timers", "held", "drains"),
-    "retry": ("record", "waiting", "meta", "timers", "held"),
-    "requeue": ("record", "waiting", "meta", "timers", "held"),
-    "carry": ("record", "waiting", "meta", "timers"),
-    "rollback": ("record", "waiting", "meta", "timers"),
-    "unpublished": ("record", "waiting", "meta", "timers"),
-    "withdraw": ("record", "waiting", "meta", "timers"),
-    "wake": ("record", "waiting", "meta", "timers"),
-    "lose": ("record", "waiting", "meta", "timers", "presence", "held of the dead", "held of the sweeper"),
-    "clear": ("record", "waiting", "meta", "timers"),
+    "trigger": RECORD,
+    "admit": (*RECORD, "seen"),
+    "start": (*RECORD, "presence", "held"),
+    "check": RECORD,
+    "finish": (*RECORD, "held", "drains", "history"),
+    "retry": (*RECORD, "held"),
+    "requeue": (*RECORD, "held"),
+    "carry": RECORD,
+    "rollback": RECORD,
+    "unpublished": RECORD,
+    "withdraw": RECORD,
+    "advance": RECORD,
+    "wake": RECORD,
+    "lose": (*RECORD, "presence", "held of the dead", "held of the sweeper"),
+    "clear": RECORD,
+    "limit": ("timers", "limits", "slots", "lines"),
     "heartbeat": ("meta", "presence", "timers", "drains"),
     "overdue": ("meta", "presence", "timers", "drains"),
     "bury": ("presence", "held"),
-    "show": ("record", "waiting", "meta", "timers"),
+    "show": RECORD,
+    "keys": ("busy",),
+    "constraints": ("limits", "slots", "lines", "resting"),
+    "history": ("history",),
 }
 
 

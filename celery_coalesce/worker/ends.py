@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from celery import states
 from celery.exceptions import Reject, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 
 from ..dispatch import publish_all
-from ..endings import Ending, announce_outcome, end_run, stored_ending
+from ..endings import SUPERSEDED, Ending, announce_outcome, end_run, stored_ending
 from ..engine import Engine, engine_of
-from ..errors import StoreUnavailable
+from ..errors import StoreUnavailable, Superseded
 from ..records import Lease
 from ..signals import EventBus
 from ..states import Outcome
@@ -37,12 +38,41 @@ class ReportingRequest(Request):
 
     #: The lease that the gate got, until its end has been reported by this process.
     _lease: Lease | None = None
+    #: A newer trigger replaces the run, which is being terminated for it; and its callers have been told.
+    _superseded = False
+    _told_superseded = False
     #: The pool process has returned the attempt's end, and lives on.
     _returned = False
 
     def _bus(self) -> EventBus:
         wanted = bool(self.task.send_events) and engine_of(self.app).settings.events
         return EventBus.of_worker(self.app, self._eventer, self._hostname, wanted=wanted)
+
+    def supersede(self, pool: Any, run: str) -> dict[str, str]:
+        """Terminate the run, if this request still has it and the pool can."""
+        if self._lease is None or self._lease.run != run:
+            return {"error": f"run {run} has ended"}
+        self._superseded = True
+        try:
+            self.terminate(pool)
+        except NotImplementedError:
+            # Its body can see that it is superseded, and that is all there is.
+            self._superseded = False
+            return {"error": "this pool can not terminate a task"}
+        return {"ok": f"run {run} is being stopped"}
+
+    @property
+    def store_errors(self) -> bool:
+        """Whether Celery stores an error: not a second one for a run that is superseded."""
+        return bool(super().store_errors) and not self._told_superseded
+
+    def _announce_revoked(self, reason: str, *details: Any) -> None:
+        if self._superseded and not self._told_superseded:
+            if self.store_errors:
+                error = Superseded(self._type, self._lease.key if self._lease else "")
+                self.task.backend.store_result(self.id, error, states.REVOKED, request=self._context)
+            self._told_superseded = True
+        super()._announce_revoked(SUPERSEDED if self._superseded else reason, *details)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """Note which process runs the body."""
@@ -85,9 +115,9 @@ class ReportingRequest(Request):
         lease = self._settle()
         if lease is None:
             return
-        coalescer = engine_of(self.app).coalescer
+        transitions = engine_of(self.app).transitions
         try:
-            coalescer.requeue(lease)
+            transitions.requeue(lease)
         except StoreUnavailable:
             # The message comes back all the same, and is a duplicate until the lease has been taken away.
             presence_of(self.app).abandoned(lease)
@@ -103,12 +133,14 @@ class ReportingRequest(Request):
         if isinstance(error, Terminated) and self._already_cancelled and self.task.acks_late:
             # The connection was lost, and the broker gives the message back; whether before or after this, nobody
             # knows.
-            self._report(lambda: publish_all(engine, engine.coalescer.requeue(lease) or ()))
+            self._report(lambda: publish_all(engine, engine.transitions.requeue(lease) or ()))
             return
         if isinstance(error, Reject):
             ending = self._untold(error)
         elif isinstance(error, Terminated) and self._already_cancelled:
             ending = self._untold(WorkerLostError("the worker was shut down"))
+        elif self._superseded:
+            ending = Ending(Outcome.STOPPED, error=Superseded(lease.task, lease.key))
         elif self._already_revoked or isinstance(error, Terminated):
             ending = Ending(Outcome.REVOKED)
         else:
@@ -130,7 +162,7 @@ class ReportingRequest(Request):
         return ending
 
     def _end(self, engine: Engine, lease: Lease, ending: Ending, bus: EventBus) -> None:
-        if not engine.coalescer.check(lease):
+        if not engine.transitions.check(lease):
             # A retry after a lost worker (_retry_worker_lost, celery.worker.request, 5.7) has moved the run on already.
             return
         announce_outcome(self.app, lease, ending, bus)

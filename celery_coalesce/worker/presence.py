@@ -21,7 +21,6 @@ from celery.signals import worker_shutdown
 
 from .. import signals
 from ..calls import decode
-from ..coalescer import SLICE
 from ..dispatch import publish_all
 from ..endings import (
     Ending,
@@ -38,6 +37,8 @@ from ..errors import CoalesceError, LeaseLost, StoreUnavailable
 from ..records import LostLease, RunMeta
 from ..signals import EventBus
 from ..states import Outcome
+from ..transitions.sweeping import SLICE
+from .stopping import stop_runs
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -85,7 +86,7 @@ class Presence(bootsteps.StartStopStep):
         worker.app.__dict__[_ATTRIBUTE] = self.thread
         # Before the pool forks. A store that is not there yet is waited for.
         with contextlib.suppress(StoreUnavailable):
-            engine_of(worker.app).coalescer.store.connect()
+            engine_of(worker.app).transitions.store.connect()
 
     def start(self, worker: WorkController) -> None:
         """Announce this process.
@@ -154,7 +155,7 @@ class PresenceThread:
         """
         wait = 0.0
         try:
-            engine_of(self._app).coalescer.heartbeat(self.owner)
+            engine_of(self._app).transitions.heartbeat(self.owner)
         except StoreUnavailable as error:
             # As with a broker that is not there yet: the worker waits for it.
             self._log_away(error)
@@ -174,13 +175,13 @@ class PresenceThread:
         self._wake_sweep.set()
         for thread in self._threads:
             thread.join(timeout=5)
-        coalescer = engine_of(self._app).coalescer
+        transitions = engine_of(self._app).transitions
         try:
             for lease, pid in list(self._leases.values()):
                 if pid is None:
                     # Not acknowledged: the broker gives its message back.
-                    coalescer.requeue(lease)
-            coalescer.bury(self.owner, leaving=True)
+                    transitions.requeue(lease)
+            transitions.bury(self.owner, leaving=True)
         except CoalesceError as error:
             logger.info("No goodbye: %s", error, extra={"action": "no_goodbye"})
 
@@ -206,10 +207,10 @@ class PresenceThread:
 
     def _beat(self) -> float:
         """Renew the presence, and have the sweep look when something is due before the next beat."""
-        coalescer = engine_of(self._app).coalescer
-        interval = coalescer.timing.heartbeat / 1000
+        transitions = engine_of(self._app).transitions
+        interval = transitions.timing.heartbeat / 1000
         try:
-            overdue_in = coalescer.heartbeat(self.owner)
+            overdue_in = transitions.heartbeat(self.owner)
         except StoreUnavailable:
             self.store_away = True
             raise
@@ -225,10 +226,10 @@ class PresenceThread:
             return wait
         self._reconcile()
         self._sweep()
-        coalescer = engine_of(self._app).coalescer
-        overdue_in = coalescer.heartbeat(self.owner)
+        transitions = engine_of(self._app).transitions
+        overdue_in = transitions.heartbeat(self.owner)
         # What could not be moved on stays overdue: no busy loop over it.
-        wait = AWAY_AGAIN if overdue_in == 0 else (overdue_in or coalescer.timing.heartbeat) / 1000
+        wait = AWAY_AGAIN if overdue_in == 0 else (overdue_in or transitions.timing.heartbeat) / 1000
         self._sweep_at = time.monotonic() + wait
         return wait
 
@@ -244,8 +245,8 @@ class PresenceThread:
         known = dict(self._leases)
         if not known:
             return
-        coalescer = engine_of(self._app).coalescer
-        held = set(coalescer.held(self.owner))
+        transitions = engine_of(self._app).transitions
+        held = set(transitions.held(self.owner))
         if len(held) >= SLICE:
             # More than one look returns: those that are missing may be held all the same.
             return
@@ -276,7 +277,7 @@ class PresenceThread:
         )
         ending = stored_ending(self._app, lease.task, lease.task_id)
         if ending is None and told and task is not None and task.acks_late:
-            publish_all(engine, engine.coalescer.requeue(lease) or ())
+            publish_all(engine, engine.transitions.requeue(lease) or ())
             return
         if ending is None:
             ending = Ending.failed(WorkerLostError("the pool process was lost"))
@@ -289,20 +290,20 @@ class PresenceThread:
 
     def _sweep(self) -> None:
         """Move on whatever dead processes, messages and clocks have left."""
-        coalescer = engine_of(self._app).coalescer
+        transitions = engine_of(self._app).transitions
         for _ in range(MOST_SLICES):
-            overdue = coalescer.overdue()
+            overdue = transitions.overdue()
             if not overdue or self._ended.is_set():
                 return
             moved = False
             for process in overdue.processes:
                 if process == self.owner:
                     # Late, but here: renewed before anybody else comes to it.
-                    coalescer.heartbeat(self.owner)
+                    transitions.heartbeat(self.owner)
                     continue
-                for ref in coalescer.held(process):
+                for ref in transitions.held(process):
                     moved = self._each(self._lose, ref, process) or moved
-                coalescer.bury(process)
+                transitions.bury(process)
             for ref in overdue.refs:
                 moved = self._each(self._wake, ref) or moved
             for blob in overdue.drains:
@@ -321,7 +322,7 @@ class PresenceThread:
             return False
 
     def _lose(self, ref: str, process: str) -> bool:
-        lost = engine_of(self._app).coalescer.lose(ref, process, self.owner)
+        lost = engine_of(self._app).transitions.lose(ref, process, self.owner)
         if lost is None:
             return False
         if not lost.sent:
@@ -332,7 +333,7 @@ class PresenceThread:
 
     def _wake(self, ref: str) -> bool:
         engine = engine_of(self._app)
-        woken = engine.coalescer.wake(ref)
+        woken = engine.transitions.wake(ref)
         publish_all(engine, woken.sent)
         if woken.reason in ("lost", "unpublished"):
             logger.warning(
@@ -341,6 +342,7 @@ class PresenceThread:
                 woken.reason,
                 extra={"action": "redispatched", "reason": woken.reason, "run_id": ref.split("/")[1]},
             )
+        stop_runs(self._app, woken.stops)
         if woken.cleared is not None:
             tell_cleared(engine, woken.cleared, self._bus())
         return bool(woken.sent) or woken.cleared is not None

@@ -25,16 +25,18 @@ from celery.worker import state as worker_state
 from .. import signals
 from ..calls import HEADER, decode, encode, follower_of, message_call, moment, without_callbacks
 from ..dispatch import publish_all
-from ..endings import Ending, announce_outcome, end_run
+from ..endings import Ending, announce_end, announce_outcome, done_once, end_run, tell_caller
 from ..engine import Engine, engine_of
 from ..errors import CoalesceError, QueueFull, StoreUnavailable
 from ..keys import state_id
 from ..policy import Policy
 from ..records import Accepted, Envelope, Known, Lease, Trigger
-from ..states import Answer, Disposition, Outcome
+from ..states import Answer, Disposition, Outcome, RunState
 from ..triggering import accept, report
+from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
 from .presence import presence_of
+from .stopping import stop_runs
 
 __all__ = ["CoalescedRequest"]
 
@@ -132,7 +134,7 @@ class CoalescedRequest(ReportingRequest):
         """Ask for the run's lease, and do what the answer says."""
         presence = presence_of(self.app)
         revoked = self._would_be_revoked()
-        started = engine.coalescer.start(
+        started = engine.transitions.start(
             envelope,
             owner=presence.owner,
             claim=uuid4().hex[:12],
@@ -140,17 +142,23 @@ class CoalescedRequest(ReportingRequest):
             revoked=revoked,
         )
         answer = started.answer
+        publish_all(engine, started.sent)
         if started.lease is not None:
             self._take(started.lease)
-            if answer is not Answer.RUNNING:
+            if answer is Answer.SKIPPED:
+                self._end_skipped(engine, started.done)
+            elif answer is not Answer.RUNNING:
                 self._end_unstarted(engine, answer)
+        elif answer is Answer.STOP:
+            stop_runs(self.app, started.stops)
+            self._drop(answer.value)
         elif answer is Answer.EARLY:
             self._hold(started.wait / 1000)
         elif answer is Answer.CARRY:
             call = decode(self.app, started.call) if started.call else {}
             kept = without_callbacks(call)
             blob = encode(kept, kept.get("serializer") or self.task.serializer) if kept else b""
-            sent = engine.coalescer.carry(envelope, uuid(), blob)
+            sent = engine.transitions.carry(envelope, uuid(), blob)
             self._announce()
             self._release()
             publish_all(engine, sent)
@@ -204,6 +212,21 @@ class CoalescedRequest(ReportingRequest):
         announce_outcome(self.app, lease, ending, bus)
         self._report(lambda: end_run(engine, lease, ending, bus))
 
+    def _end_skipped(self, engine: Engine, done: str) -> None:
+        """End a run that need not begin: another has done it once and for all, and its value is this one's."""
+        lease = self._lease
+        if lease is None:
+            return
+        call = message_call({**self._request_dict, **(self._payload[2] or {})})
+        ending = done_once(self.app, self._type, done)
+        tell_caller(self.app, self._type, self.id, {**call, "ignore_result": self._ignore_result}, ending)
+        worker_state.task_ready(self)
+        self.acknowledge()
+        bus = self._bus()
+        announce_outcome(self.app, lease, ending, bus)
+        announce_end(bus, self.id, ending)
+        self._report(lambda: end_run(engine, lease, ending, bus))
+
     def _admit_as_trigger(self, engine: Engine) -> bool:
         """Treat a message that carries no run as a call.
 
@@ -251,6 +274,8 @@ class CoalescedRequest(ReportingRequest):
             times={"expires": moment(self.app, expires)} if expires else {},
             message=self.id,
             watch=signals.is_watched(signals.coalesce_trigger, self._bus()),
+            needs=policy.needs(*arguments),
+            labels=policy.labels_of(*arguments),
         )
         accepted = accept(engine, policy, trigger, arguments, serializer)
         if isinstance(accepted, Accepted):
@@ -262,6 +287,11 @@ class CoalescedRequest(ReportingRequest):
         """Let go of a message whose work another run does, or will do."""
         if accepted.disposition is Disposition.REJECTED:
             self._fail(QueueFull(policy.task, key, int(accepted.run)))
+        elif accepted.run_state is RunState.ENDED:
+            call = message_call({**self._request_dict, **(self._payload[2] or {})})
+            ending = done_once(self.app, self._type, accepted.task_id)
+            tell_caller(self.app, self._type, self.id, {**call, "ignore_result": self._ignore_result}, ending)
+            self._drop(accepted.disposition.value)
         else:
             self._drop(accepted.disposition.value)
 
@@ -274,11 +304,11 @@ class CoalescedRequest(ReportingRequest):
         finally:
             self._asking = False
 
-    def _announce_revoked(self, *verdict: Any) -> None:
+    def _announce_revoked(self, reason: str, *details: Any) -> None:
         if self._asking:
-            self._verdict = verdict
+            self._verdict = (reason, *details)
             return
-        super()._announce_revoked(*verdict)
+        super()._announce_revoked(reason, *details)
 
     def _announce(self) -> None:
         """Do what Celery does with a revoked task: store it, acknowledge it, tell of it."""

@@ -192,7 +192,7 @@ def test_redelivery_by_rabbitmq_is_the_same_run(
     assert second.get(timeout=30) == 2
     journal.wait("coalesce_drain", timeout=20)
     assert [each["task_id"] for each in journal.events("start")] == [result.id, result.id, second.id]
-    assert engine_of(app).coalescer.show(name, journal.key()) is None
+    assert engine_of(app).transitions.show(name, journal.key()) is None
     assert_no_overlap(journal.events())
 
 

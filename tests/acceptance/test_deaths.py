@@ -40,7 +40,7 @@ def assert_idle(app: HarnessApp, journal: Journal, task: str) -> None:
     """Fail unless a key's session drained once and left nothing."""
     journal.wait("coalesce_drain", key="key", timeout=20)
     assert len(journal.events("coalesce_drain", key="key")) == 1
-    assert engine_of(app).coalescer.show(task, journal.key()) is None
+    assert engine_of(app).transitions.show(task, journal.key()) is None
 
 
 def no_beats_beside_another_run(journal: Journal) -> None:
@@ -334,7 +334,7 @@ class TestKilledWorker:
         first_worker = make_worker(app)
         result = app.tasks["queue_retry"].delay(journal.key(), countdown=2, value=1)
         journal.wait("end", retries=0, timeout=20)
-        wait_until(lambda: "retrying" in str(engine_of(app).coalescer.show("queue_retry", journal.key())), 5)
+        wait_until(lambda: "retrying" in str(engine_of(app).transitions.show("queue_retry", journal.key())), 5)
         first_worker.kill()
         make_worker(app)
 

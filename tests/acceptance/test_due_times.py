@@ -252,4 +252,4 @@ def test_nothing_is_left_of_a_due_time(app: HarnessApp, worker: WorkerProcess, j
     result = app.tasks["queue"].apply_async((journal.key(), 1), countdown=0.3)
     result.get(timeout=20)
     journal.wait("coalesce_drain", timeout=20)
-    assert engine_of(app).coalescer.show("queue", journal.key()) is None
+    assert engine_of(app).transitions.show("queue", journal.key()) is None

@@ -190,7 +190,7 @@ def test_foreign_countdown_expires_and_revoke(
     expired = foreign.send_task("queue", (journal.key("expired"), 1), expires=-1)
     with pytest.raises(TaskRevokedError):
         expired.get(timeout=20)
-    assert engine_of(app).coalescer.show("queue", journal.key("revoked")) is None
+    assert engine_of(app).transitions.show("queue", journal.key("revoked")) is None
 
 
 def test_arguments_that_do_not_fit_fail_as_in_celery(foreign: Celery, journal: Journal) -> None:
@@ -276,4 +276,4 @@ def test_nothing_is_left_but_the_tombstone(foreign: Celery, app: HarnessApp, jou
     result = foreign.send_task("queue", (journal.key(), 1))
     result.get(timeout=20)
     journal.wait("coalesce_drain", timeout=20)
-    assert engine_of(app).coalescer.show("queue", journal.key()) is None
+    assert engine_of(app).transitions.show("queue", journal.key()) is None

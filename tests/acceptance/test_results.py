@@ -174,7 +174,7 @@ class TestNoBackend:
         app.tasks["exiting"].delay(journal.key())
 
         journal.wait("coalesce_drain", timeout=20)
-        assert engine_of(app).coalescer.show("exiting", journal.key()) is None
+        assert engine_of(app).transitions.show("exiting", journal.key()) is None
 
 
 @pytest.fixture(scope="class")

@@ -374,7 +374,7 @@ def test_revoked_and_expired_runs_leave_nothing_behind(busy: Busy, journal: Jour
 
     from celery_coalesce.engine import engine_of
 
-    coalescer = engine_of(app).coalescer
+    coalescer = engine_of(app).transitions
     assert coalescer.show("queue", journal.key()) is None
     assert coalescer.show("queue", journal.key("other")) is None
     assert_no_overlap(journal.events())

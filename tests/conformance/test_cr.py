@@ -32,7 +32,7 @@ MakeWorker = Callable[..., WorkerProcess]
 SOON = 20  # seconds that anything may take on a busy machine
 
 #: What is in the store whatever is idle.
-LASTING = {"{coalesce}:meta", "{coalesce}:presence"}
+LASTING = {"{coalesce}:meta", "{coalesce}:presence", "{coalesce}:history"}
 
 #: State ids of keys of the task "queue".
 PINNED = {

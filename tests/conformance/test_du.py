@@ -67,7 +67,7 @@ def full_pool(app: HarnessApp, worker: WorkerProcess, journal: Journal, free: in
 
 def run_states(app: HarnessApp, task: str, key: str) -> dict[int, str]:
     """Return where the runs of a key are, by run id."""
-    view = engine_of(app).coalescer.show(task, key)
+    view = engine_of(app).transitions.show(task, key)
     return {int(run["id"]): run["state"] for run in view.runs} if view else {}
 
 
@@ -233,7 +233,7 @@ def test_du_6_a_pending_run_waits_for_a_live_lease_even_if_slots_are_idle(
 def test_du_6_a_live_lease_can_not_be_taken_away(make_app: MakeApp, journal: Journal) -> None:
     """A sweep that looks at a live worker's lease, by mistake or too late, leaves it alone."""
     app = make_app()
-    coalescer, key = engine_of(app).coalescer, journal.key()
+    coalescer, key = engine_of(app).transitions, journal.key()
     envelope = envelope_of(key, app.tasks["queue"].delay(key))
     for late in (True, False):
         lease = coalescer.start(envelope, owner=f"worker/1/{late}", claim="a", late=late, revoked=False).lease
@@ -384,7 +384,7 @@ def test_du_11_a_call_that_is_invalid_anywhere_leaves_nothing(
         (ValueError, (key,), {"eta": "tomorrow"}),
         (ValueError, (key,), {"expires": "never"}),
     ]
-    timers = engine_of(app).coalescer.store.names.timers
+    timers = engine_of(app).transitions.store.names.timers
     with redis.Redis.from_url(str(app.conf.broker_url), decode_responses=True) as client:
         for error, args, options in calls:
             with pytest.raises(error):
@@ -616,7 +616,7 @@ def task_of(name: str) -> str:
 def test_du_16_every_transition_refuses_an_old_token(make_app: MakeApp, journal: Journal) -> None:
     """Once a run is leased again, its old lease is refused everything, the new one untouched."""
     app = make_app()
-    coalescer, key = engine_of(app).coalescer, journal.key()
+    coalescer, key = engine_of(app).transitions, journal.key()
     result = app.tasks["queue"].delay(key)
     envelope = envelope_of(key, result)
 

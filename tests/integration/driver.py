@@ -16,7 +16,7 @@ from typing import Any
 
 import redis
 
-from celery_coalesce.coalescer import Coalescer
+from celery_coalesce.transitions import Transitions
 from celery_coalesce.errors import StoreError
 from celery_coalesce.keys import Names, state_id
 from celery_coalesce.policy import Policy
@@ -38,7 +38,7 @@ from celery_coalesce.store.redis import RedisStore
 from tests.support.process import wait_until
 
 #: Fields of `meta` that belong to the namespace, not to a key.
-RESTS = {"meta"}
+RESTS = {"meta", "history"}
 #: What is answered to a call that ended a session, repeated.
 FORGETS = {"finish": b"lost", "rollback": b"gone"}
 #: What goes by itself, or with its worker.
@@ -84,7 +84,7 @@ class Twice:
         self.calls.append((script, tuple(keys), argv))
         first = self.store.call(script, keys, *argv)
         if self.checked and script != "show" and len(keys) >= len(self.names.record("")) and keys[2] == self.names.meta:
-            self._check(keys[:4])
+            self._check(keys)
         if not self.twice or script == "show":
             return first
         before = self._snapshot()
@@ -140,7 +140,7 @@ class Driver:
         self.names = Names("", namespace)
         store = RedisStore(lambda: client, self.names, "test server")
         self.store = Twice(store, self.snapshot, client.exists, self.check)
-        self.engine = Coalescer(self.store, timing or Timing())
+        self.engine = Transitions(self.store, timing or Timing())
         self._ids = itertools.count(1)
 
     # What the processes do
@@ -292,9 +292,9 @@ class Driver:
         """Fail if a record breaks an invariant of design.md's.
 
         Args:
-            keys: The names of its four keys.
+            keys: The names of its keys.
         """
-        record, wait, _, timers = keys
+        record, wait, _, timers = keys[:4]
         state = record.rsplit(":", 1)[1]
         fields: set[bytes] = set(self.client.hkeys(record))  # type: ignore[arg-type]
         found: Any = self.client.zrange(timers, 0, -1)

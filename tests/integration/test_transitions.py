@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from celery_coalesce.coalescer import HOURLY, UNPUBLISHED_AGAIN
+from celery_coalesce.transitions.running import UNPUBLISHED_AGAIN
+from celery_coalesce.transitions.sweeping import HOURLY
 from celery_coalesce.errors import StoreError
 from celery_coalesce.records import (
     Accepted,
@@ -55,7 +56,7 @@ class TestTrigger:
         lease = drive.run(accepted)
         assert drive.timer(accepted.run) is None
         assert drive.shown()[accepted.run]["state"] == "running"
-        assert drive.keys() == sorted(["held:w/1/a", "meta", "presence", f"rec:{drive.state()}"])
+        assert drive.keys() == sorted(["busy", "held:w/1/a", "meta", "presence", f"rec:{drive.state()}"])
 
         ended = drive.finish(lease)
         assert ended.sent == ()

@@ -17,7 +17,7 @@ from celery.exceptions import Ignore, Reject, Retry
 
 import celery_coalesce.signals
 from celery_coalesce import CoalescedTask
-from celery_coalesce.coalescer import Coalescer
+from celery_coalesce.transitions import Transitions
 from tests.support.app import BROKER_VARIABLE
 from tests.support.coalesced import EVENTS
 from tests.support.journal import Journal, journal_of
@@ -113,10 +113,10 @@ def _kill_once(journal: Journal, key: str) -> None:
         os.kill(os.getpid(), signals_of_the_system.SIGKILL)
 
 
-_take_drain = Coalescer.take_drain
+_take_drain = Transitions.take_drain
 
 
-def _take_drain_or_die(self: Coalescer, blob: bytes) -> Any:
+def _take_drain_or_die(self: Transitions, blob: bytes) -> Any:
     """Die between the record of a drain and its announcement: no signal stands there."""
     journal, key = journal_of(json.loads(blob)["key"])
     if key == "kills:take_drain":
@@ -128,6 +128,6 @@ if BROKER_VARIABLE in os.environ:  # in a worker
     from tests.support.app import app
 
     define(app)
-    Coalescer.take_drain = _take_drain_or_die  # type: ignore[method-assign]
+    Transitions.take_drain = _take_drain_or_die  # type: ignore[method-assign]
     for event in EVENTS:
         getattr(celery_coalesce.signals, f"coalesce_{event}").connect(_misbehave, weak=False)

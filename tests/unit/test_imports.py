@@ -26,7 +26,7 @@ def test_declaring_a_task_connects_to_nothing_and_imports_no_client() -> None:
     assert "celery_coalesce.store.redis" not in modules
     assert "celery_coalesce.worker.request" not in modules
     assert "celery_coalesce.worker.presence" not in modules
-    assert "celery_coalesce.coalescer" in modules
+    assert "celery_coalesce.transitions" in modules
 
 
 def test_reading_the_engine_connects_to_nothing() -> None:
@@ -37,7 +37,7 @@ def test_reading_the_engine_connects_to_nothing() -> None:
     from celery_coalesce.engine import engine_of
     engine = engine_of(app)
     assert engine is engine_of(app)
-    assert engine.coalescer.store._client is None
+    assert engine.transitions.store._client is None
     assert "redis" in sys.modules
     """
     )

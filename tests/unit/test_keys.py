@@ -222,6 +222,7 @@ class TestNames:
 
     def test_a_record_has_a_name_of_its_own(self) -> None:
         """By its state id."""
-        record, waiting, meta, timers = Names("", "coalesce").record("abc")
+        record, waiting, meta, timers, kept, *_ = Names("", "coalesce").record("abc")
+        assert kept == "{coalesce}:kept:abc"
         assert (record, waiting) == ("{coalesce}:rec:abc", "{coalesce}:wait:abc")
         assert (meta, timers) == ("{coalesce}:meta", "{coalesce}:timers")

@@ -319,4 +319,4 @@ class TestWhichServer:
         """And remembers for twice the visibility timeout."""
         app = make_app(broker_transport_options={"visibility_timeout": 50})
         assert engine_of(app) is engine_of(app)
-        assert engine_of(app).coalescer.timing.remember == 100_000
+        assert engine_of(app).transitions.timing.remember == 100_000

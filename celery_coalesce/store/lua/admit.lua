@@ -1,11 +1,12 @@
 -- Accepts a message that carries no run, or one whose record was lost.
 --
--- KEYS: record, waiting, meta, timers, seen
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, seen
 -- ARGV: asked (as for trigger, with message (the message's id) and remember (ms)), key, args, call, follower
 -- Returns: as trigger; or known, run, task id, attempt (it was admitted before); or gone (it was, and its run ended)
 -- Transition: as trigger
 -- Order: the tombstone after the run, so that a message is never refused for a run that was not written.
 --# include record
+--# include slots
 --# include accept
 
 local function admit()
@@ -15,12 +16,14 @@ local function admit()
   local known = redis.call('HGET', rec, 'msg:' .. asked.message)
   local run = known and read_run(known)
   if run then return {'known', run.id, run.task_id, run.attempt} end
-  local seen = KEYS[5]
+  local seen = KEYS[11]
   local expires = redis.call('ZSCORE', seen, asked.message)
   if expires and tonumber(expires) > now then return {'gone'} end
   local answer = accept()
   if answer[1] == 'merge' or answer[1] == 'rejected' then return answer end
   run = read_run(answer[2])
+  -- Done once: there is no run.
+  if not run then return answer end
   run.received = true
   if run.task_id == asked.task_id then
     run.message = asked.message

@@ -1,11 +1,17 @@
--- Ends a run, once its followers have been told, and passes its slot on.
+-- Ends a run, once its followers have been told, and passes its slots on.
 --
--- KEYS: record, waiting, meta, timers, held, drains
--- ARGV: asked (JSON: state, run, token, told, redispatch, announce_in (ms)), drain (what the drain is announced with)
--- Returns: followers, follower ...; or ended, 1 if drained, envelopes to publish; or lost
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, held,
+--   drains, history
+-- ARGV: asked (JSON: state, run, token, told, redispatch, soon, announce_in (ms) and, of a run that had begun: outcome,
+--   error, rests (whether it has done anything), once (ms, -1 for ever), cooldown, rest (ms, the longest cooldown of
+--   the scope)), drain (what the drain is announced with)
+-- Returns: followers, follower ...; or ended, 1 if drained, what is to be sent; or lost
 -- Transition: running | cleared -> (none); pending -> dispatched; last run -> drained
--- Order: the drain is put aside before the record goes, the holder's index goes last: until then the run is found.
+-- Order: what is kept, and the drain, are put aside before the record goes; the holder's index goes last: until then
+--   the run is found.
 --# include record
+--# include slots
+--# include note
 
 local SLICE = 100
 
@@ -34,13 +40,19 @@ local function finish()
     write_run(run)
     return slice
   end
-  local drained, sent = forget(head, run)
-  if drained then
-    if asked.announce_in then redis.call('ZADD', KEYS[6], whole(now + asked.announce_in), ARGV[2]) end
-  else
-    note_dispatched(head, asked.token, sent)
+  if asked.once then
+    local till = asked.once > 0 and now + asked.once or nil
+    keep('once:' .. run.task, {run = run.id, task_id = run.task_id, till = till})
   end
-  redis.call('SREM', KEYS[5], ref(run))
+  if asked.rest then keep('rest', {from = now, cooldown = asked.cooldown, till = now + asked.rest}) end
+  if asked.outcome then note(KEYS[13], run) end
+  local drained = forget(head, run, asked.rests)
+  if drained then
+    if asked.announce_in then redis.call('ZADD', KEYS[12], whole(now + asked.announce_in), ARGV[2]) end
+  else
+    note_dispatched(head, asked.token)
+  end
+  redis.call('SREM', KEYS[11], ref(run))
   return {'ended', drained and '1' or '0', sent}
 end
 

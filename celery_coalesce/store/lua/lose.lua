@@ -1,16 +1,17 @@
 -- Takes a lease from a process whose presence ran out.
 --
--- KEYS: record, waiting, meta, timers, presence, held of the dead, held of the sweeper
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
+--   held of the dead, held of the sweeper
 -- ARGV: asked (JSON: state, nonce, run, owner, sweeper, lease, redispatch)
 -- Returns: dispatched, envelopes to publish, and the lost lease's: token, session, index, attempt, triggers, key,
---   scope, task id, task; or lost, new token, and the same, call; or alive, grace, gone
+--   scope, task id, task, labels; or lost, new token, and the same, call; or alive, grace, gone
 -- Transition: running (late ack) -> dispatched; running -> running under the sweeper, which ends it
 -- Order: the new holder's index before the old one's goes.
 --# include record
 
 local function lost_lease(head, run)
   return run.token, head.session, run.index, run.attempt, run.triggers, redis.call('HGET', rec, 'key'), head.scope,
-         run.task_id, run.task
+         run.task_id, run.task, run.labels or ''
 end
 
 local function lost_to_sweeper(head, run)
@@ -20,7 +21,7 @@ local function lost_to_sweeper(head, run)
 end
 
 local function lose()
-  local expiry = redis.call('ZSCORE', KEYS[5], asked.owner)
+  local expiry = redis.call('ZSCORE', KEYS[11], asked.owner)
   if expiry and tonumber(expiry) > now then return {'alive'} end
   if tonumber(redis.call('HGET', meta, 'grace') or '0') > now then return {'grace'} end
   local head = read_head()
@@ -31,7 +32,7 @@ local function lose()
     if run.owner == asked.sweeper then return {'lost', {}, unpack(lost_to_sweeper(head, run))} end
   end
   if not run or run.state ~= 'running' or run.owner ~= asked.owner then
-    redis.call('SREM', KEYS[6], asked.state .. '/' .. asked.run)
+    redis.call('SREM', KEYS[12], asked.state .. '/' .. asked.run)
     return {'gone'}
   end
   if run.late and not run.ending then
@@ -40,15 +41,15 @@ local function lose()
     run.lost_of, run.lost = asked.owner .. asked.nonce, lost
     set_timer(run, now + asked.redispatch)
     write_run(run)
-    redis.call('SREM', KEYS[6], ref(run))
+    redis.call('SREM', KEYS[12], ref(run))
     return {'dispatched', {envelope(run)}, unpack(lost)}
   end
   run.owner, run.token, run.claim, run.returned = asked.sweeper, mint(), nil, true
   run.lost_of = asked.owner .. asked.nonce
-  redis.call('SADD', KEYS[7], ref(run))
-  redis.call('ZADD', KEYS[5], whole(now + asked.lease), asked.sweeper)
+  redis.call('SADD', KEYS[13], ref(run))
+  redis.call('ZADD', KEYS[11], whole(now + asked.lease), asked.sweeper)
   write_run(run)
-  redis.call('SREM', KEYS[6], ref(run))
+  redis.call('SREM', KEYS[12], ref(run))
   return {'lost', {}, unpack(lost_to_sweeper(head, run))}
 end
 

@@ -1,27 +1,33 @@
 -- Takes back a dispatch whose publish failed, unless others have joined the run since.
 --
--- KEYS: record, waiting, meta, timers
--- ARGV: asked (JSON: state, nonce, run, task_id, redispatch, again)
--- Returns: ended, envelopes to publish, session ('' unless it drained after runs), last run index; or unpublished;
---   or gone
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- ARGV: asked (JSON: state, nonce, run, task_id, redispatch, soon, again)
+-- Returns: ended, what is to be sent, session ('' unless it drained after runs), last run index; or unpublished; or
+--   gone
 -- Transition: dispatched | pending -> (none); or dispatched -> dispatched, to be published again
 -- Order: one run is forgotten, or one timer moved.
 --# include record
-local head = read_head()
-local run = head and read_run(asked.run)
-if not run then
-  local again = dispatched_by(head, asked.nonce)
-  return again and {'ended', again, '', 0} or {'gone'}
+--# include slots
+
+local function rollback()
+  local head = read_head()
+  local run = head and read_run(asked.run)
+  if not run then
+    local again = dispatched_by(head, asked.nonce)
+    return again and {'ended', again, '', 0} or {'gone'}
+  end
+  if run.task_id ~= asked.task_id or run.index or (run.state ~= 'dispatched' and run.state ~= 'pending') then
+    return {'gone'}
+  end
+  if run.triggers == 1 and run.followers == 0 and not run.joined then
+    local drained = forget(head, run, false)
+    if not drained then note_dispatched(head, asked.nonce) end
+    return {'ended', sent, drained and head.index > 0 and head.session or '', head.index - 1}
+  end
+  run.unpublished = true
+  set_timer(run, now + asked.again)
+  write_run(run)
+  return {'unpublished'}
 end
-if run.task_id ~= asked.task_id or run.index or (run.state ~= 'dispatched' and run.state ~= 'pending') then
-  return {'gone'}
-end
-if run.triggers == 1 and run.followers == 0 and not run.joined then
-  local drained, sent = forget(head, run)
-  if not drained then note_dispatched(head, asked.nonce, sent) end
-  return {'ended', sent, drained and head.index > 0 and head.session or '', head.index - 1}
-end
-run.unpublished = true
-set_timer(run, now + asked.again)
-write_run(run)
-return {'unpublished'}
+
+return rollback()

@@ -1,6 +1,6 @@
 -- Reads a record.
 --
--- KEYS: record, waiting, meta, timers
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
 -- ARGV: asked (JSON: state)
 -- Returns: idle; or record, key, JSON of the head and of its runs
 -- Transition: none

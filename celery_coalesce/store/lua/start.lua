@@ -1,12 +1,18 @@
 -- Gives a run its lease, or says why not.
 --
--- KEYS: record, waiting, meta, timers, presence, held
--- ARGV: asked (JSON: state, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch)
--- Returns: running | expired | revoked, token, session, index, triggers, store, expiry in ms, key, scope, mode
---   (skip if its task is ever called so), changed args; or early, ms; carry, call; or pending, duplicate, gone, unknown
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
+--   held
+-- ARGV: asked (JSON: state, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch, soon)
+-- Returns: running | expired | revoked | skipped, token, session, index, triggers, store, expiry in ms, key, scope,
+--   mode (skip if its task is ever called so), changed args, labels, task id of the run that was done once, what is to
+--   be sent; or early, ms; carry, call; stop, process and task id and run of each that is to stop, what is to be sent;
+--   or pending, duplicate, gone, unknown
 -- Transition: dispatched | retrying | pending and due -> running
 -- Order: the holder's index before the run, so that a running run is always found from its dead holder.
 --# include record
+--# include slots
+--# include cleared
+--# include stopping
 
 -- A run that the record does not know has ended, unless its number is from before the store, or a part of it, was
 -- lost.
@@ -25,8 +31,19 @@ local function leased(head, run)
   local mode = redis.call('HEXISTS', meta, 'skips:' .. run.task) == 1 and 'skip' or run.mode
   -- An older message may have come first: its arguments are not those that were merged since.
   local changed = run.version ~= asked.version and redis.call('HGET', rec, 'args:' .. run.id) or ''
+  local done = run.ending == 'skipped' and done_once(run.task)
   return {run.ending or 'running', run.token, head.session, run.index, run.triggers, run.store and '1' or '0',
-          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, mode, changed}
+          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, mode, changed, run.labels or '',
+          done and done.task_id or '', sent}
+end
+
+-- Not now. A message whose time is near is kept by its worker; another is of no use.
+local function not_before(run, at)
+  local soon = at - now <= asked.soon
+  run.message_at = soon and at or nil
+  schedule(run, at)
+  write_run(run)
+  return soon and {'early', math.max(at - now, 0)} or {'pending'}
 end
 
 local function start()
@@ -40,31 +57,38 @@ local function start()
     return {'duplicate'}
   end
   if run.attempt ~= asked.attempt then return {'duplicate'} end
-  if run.due > now then return {'early', run.due - now} end
+  if run.due > now then return not_before(run, run.due) end
   if asked.revoked and (run.triggers > 1 or run.joined) and not run.index then
     return {'carry', redis.call('HGET', rec, 'call:' .. run.id) or ''}
   end
   if run.state == 'pending' then
-    if not (none_waiting() and fits(head, run.limit)) then
-      clear_timer(run)
+    run.message_at = nil
+    local first = is_first(run)
+    local answer = first and take_slots(head, run)
+    if answer ~= true then
       redis.call('ZADD', wait, run.seq, run.id)
+      if answer and answer > now then return not_before(run, answer) end
+      if answer then return stop(head, run) end
+      clear_timer(run)
+      write_run(run)
       return {'pending'}
     end
     redis.call('ZREM', wait, run.id)
-    head.active[run.id] = run.limit
   end
-  redis.call('SADD', KEYS[6], ref(run))
-  redis.call('ZADD', KEYS[5], whole(now + asked.lease), asked.owner)
+  redis.call('SADD', KEYS[12], ref(run))
+  redis.call('ZADD', KEYS[11], whole(now + asked.lease), asked.owner)
   clear_timer(run)
   close(head, run)
   if not run.index then
     run.index = head.index
     head.index = head.index + 1
   end
-  run.ending = asked.revoked and 'revoked' or (run.expires and run.expires <= now and 'expired') or nil
+  run.ending = asked.revoked and 'revoked' or (run.expires and run.expires <= now and 'expired')
+    or (run.once and done_once(run.task) and 'skipped') or nil
   run.state, run.token, run.owner, run.claim, run.late = 'running', mint(), asked.owner, asked.claim, asked.late
-  run.returned, run.unpublished, run.losses = nil, nil, 0
+  run.returned, run.unpublished, run.losses, run.message_at, run.unsent = nil, nil, 0, nil, nil
   write_run(run)
+  advance(head)
   write_head(head)
   return leased(head, run)
 end

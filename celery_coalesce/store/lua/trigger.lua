@@ -1,13 +1,15 @@
 -- Accepts a call.
 --
--- KEYS: record, waiting, meta, timers
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, nonce, task_id, task, mode, limit, max_queued, overflow, rule, scope, store,
---   redispatch, soon and, where given: delay or due, ttl or expires, within, base and target, watch), key, args,
---   call, follower
--- Returns: disposition, run, task id, state, delay of the message in ms (-1: none), replaced args, envelopes to
---   publish or: merge, run, version, args
--- Transition: idle -> dispatched | pending; pending -> pending; dispatched -> dispatched; busy -> pending
+--   redispatch, soon and, where given: delay or due, quiet, longest, ttl or expires, within, base and target, watch,
+--   cooldown, needs, once, grace, labels, patience; times in ms), key, args, call, follower
+-- Returns: disposition, run, task id, state, delay of the message in ms (-1: none), replaced args, what is to be sent;
+--   or: merge, run, version, args
+-- Transition: idle -> dispatched | pending; pending -> pending | dispatched; dispatched -> dispatched | pending; busy
+--   -> pending
 -- Order: the run before the head, so that the head never names a run that is not there.
 --# include record
+--# include slots
 --# include accept
 return accept()

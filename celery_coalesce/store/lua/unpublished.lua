@@ -1,6 +1,6 @@
 -- Notes that a run's message is known not to have been published.
 --
--- KEYS: record, waiting, meta, timers
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, run, again)
 -- Returns: unpublished, or gone
 -- Transition: dispatched | retrying | pending -> the same, to be published again
@@ -9,7 +9,7 @@
 local head = read_head()
 local run = head and read_run(asked.run)
 if not run or run.state == 'running' or run.state == 'cleared' then return {'gone'} end
-run.unpublished = true
+run.unpublished, run.message_at = true, nil
 set_timer(run, math.max(now, run.due) + asked.again)
 write_run(run)
 return {'unpublished'}

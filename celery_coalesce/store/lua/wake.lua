@@ -1,21 +1,57 @@
 -- Moves on a run whose timer is over.
 --
--- KEYS: record, waiting, meta, timers
--- ARGV: asked (JSON: state, nonce, run, redispatch, hourly, lease)
--- Returns: dispatched, envelopes to publish, reason (due, lost, unpublished); cleared, token, task id, task, call,
---   session, triggers, key, scope, 1 if received, why; or pending, early, gone
--- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; cleared
---   -> told by another
+-- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- ARGV: asked (JSON: state, nonce, run, redispatch, soon, hourly, lease)
+-- Returns: dispatched, what is to be sent, reason (due, lost, unpublished); cleared, and what tells its callers; stop,
+--   process and task id and run of each that is to stop, what is to be sent; or early, gone
+-- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; dispatched
+--   and held by nobody -> (none); cleared -> told by another
 -- Order: the timer is moved in the same write as the state, so that two sweeps never wake one run.
 --# include record
+--# include slots
 --# include cleared
+--# include stopping
+
+-- Its message was lost, or is known not to have been published, or never was.
+local function again(run)
+  local reason
+  if run.unsent or run.unpublished then
+    reason = run.unpublished and 'unpublished' or 'due'
+    set_timer(run, now + asked.redispatch)
+  else
+    -- The first loss is noticed soon; from the second on it is more likely a slow queue than a lossy one.
+    reason = 'lost'
+    run.losses = run.losses + 1
+    set_timer(run, now + math.max(asked.hourly, asked.redispatch))
+  end
+  run.unsent, run.unpublished, run.message_at, run.woken = nil, nil, now, asked.nonce
+  write_run(run)
+  send(envelope(run))
+  return {'dispatched', sent, reason}
+end
+
+-- A waiting run comes to the front, or stays where it is.
+local function look(head, run)
+  redis.call('ZADD', wait, run.seq, run.id)
+  run.message_at, run.unsent, run.unpublished, run.woken = nil, nil, nil, asked.nonce
+  clear_timer(run)
+  write_run(run)
+  if is_first(run) and stops_at(head, run) and run.stop_at <= now and not fits(head, run.limit) then
+    return stop(head, run)
+  end
+  advance(head)
+  write_head(head)
+  return {'dispatched', sent, 'due'}
+end
 
 local function wake()
   local at = redis.call('ZSCORE', timers, asked.state .. '/' .. asked.run)
   local head = read_head()
   local run = head and read_run(asked.run)
   if not at or tonumber(at) > now then
-    if run and run.woken == asked.nonce then return {'dispatched', {envelope(run)}, 'due'} end
+    if run and run.woken == asked.nonce and run.state ~= 'running' then
+      return {'dispatched', {envelope(run)}, 'due'}
+    end
     return {'early'}
   end
   if not run or run.state == 'running' then
@@ -26,29 +62,23 @@ local function wake()
     run.token = mint()
     set_timer(run, now + asked.lease)
     write_run(run)
-    return {'cleared', unpack(cleared_run(head, run))}
+    return {'cleared', cleared_run(head, run)}
   end
-  local reason = 'due'
   if run.state == 'pending' then
-    if not (none_waiting() and fits(head, run.limit)) then
-      clear_timer(run)
-      redis.call('ZADD', wait, run.seq, run.id)
-      return {'pending'}
-    end
-    dispatch(head, run)
-    write_head(head)
-  elseif run.unsent or run.unpublished then
-    reason = run.unpublished and 'unpublished' or 'due'
-    set_timer(run, now + asked.redispatch)
-  else
-    -- The first loss is noticed soon; from the second on it is more likely a slow queue than a lossy one.
-    reason = 'lost'
-    run.losses = run.losses + 1
-    set_timer(run, now + math.max(asked.hourly, asked.redispatch))
+    if run.due <= now then return look(head, run) end
+    -- It was put off.
+    run.message_at = nil
+    local delay = schedule(run, run.due)
+    if delay >= 0 then send(envelope(run, delay)) end
+    write_run(run)
+    return {'dispatched', sent, 'due'}
   end
-  run.unsent, run.unpublished, run.woken = nil, nil, asked.nonce
-  write_run(run)
-  return {'dispatched', {envelope(run)}, reason}
+  if run.patience and run.state == 'dispatched' then
+    -- Whoever waited for it would have come by now.
+    forget(head, run, false)
+    return {'dispatched', sent, 'due'}
+  end
+  return again(run)
 end
 
 return wake()

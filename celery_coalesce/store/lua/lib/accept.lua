@@ -1,11 +1,10 @@
 -- What becomes of a trigger: shared by `trigger` (a call) and `admit` (a message that carries no run).
--- Needs lib/record. ARGV: 2 key text, 3 arguments, 4 call, 5 follower ('' for none).
+-- Needs lib/record and lib/slots. ARGV: 2 key text, 3 arguments, 4 call, 5 follower ('' for none).
 
 local RECENT = 8
 
-local function reply(disposition, run, delay, extra)
-  extra = extra or {}
-  return {disposition, run.id, run.task_id, run.state, delay, extra.replaced or '', extra.sent or {}}
+local function reply(disposition, run, delay, replaced)
+  return {disposition, run.id, run.task_id, run.state, delay, replaced or '', sent}
 end
 
 -- The same call again (a reply was lost, and the client asked once more) gets the same answer.
@@ -14,15 +13,14 @@ local function repeated(head)
     if head.recent[position] == asked.nonce then
       local run = read_run(head.recent[position + 2])
       if not run then return nil end
-      local delay = -1
-      if head.recent[position + 1] == 'dispatched' then
+      local disposition, delay = head.recent[position + 1], -1
+      if disposition == 'dispatched' then
         delay = 0
-      elseif run.state == 'pending' and head.recent[position + 1] == 'queued' and not run.unsent
-        and not redis.call('ZSCORE', wait, run.id) then
-        delay = math.max(run.due - now, 0)
+      elseif disposition == 'queued' and run.message_at then
+        delay = math.max(run.message_at - now, 0)
       end
-      local sent = run.pulled == asked.nonce and {envelope(run, math.max(run.due - now, 0))} or {}
-      return reply(head.recent[position + 1], run, delay, {sent = sent})
+      if run.pulled == asked.nonce then send(envelope(run, math.max((run.message_at or now) - now, 0))) end
+      return reply(disposition, run, delay)
     end
   end
   return nil
@@ -41,14 +39,22 @@ end
 
 local function new_session()
   redis.call('HSET', rec, 'key', ARGV[2])
-  return {v = VERSION, scope = asked.scope, session = mint(), index = 0, runs = 0,
+  local session = mint()
+  redis.call('ZADD', busy, session, asked.state)
+  return {v = VERSION, scope = asked.scope, session = session, index = 0, runs = 0,
           active = {}, open = {}, lone = {}, recent = {}}
 end
 
--- The moment this trigger asks for, and the one from which it is worthless.
+-- The moment this trigger asks for: its own, or the end of a quiet period that begins now.
 local function due_time()
   if asked.delay then return now + asked.delay end
-  return asked.due or now
+  return asked.due or now + (asked.quiet or 0)
+end
+
+-- The moment until which no later trigger may put it off, if there is one.
+local function latest_time()
+  if asked.delay or asked.due or not asked.quiet then return due_time() end
+  return asked.longest and now + asked.longest
 end
 
 local function expiry()
@@ -56,16 +62,22 @@ local function expiry()
   return asked.expires
 end
 
+local function joins()
+  return asked.mode == 'queue' or asked.mode == 'replace'
+end
+
 local function new_run(head)
   local run = {id = mint(), task_id = asked.task_id, task = asked.task, mode = asked.mode, limit = asked.limit,
-               due = due_time(), expires = expiry(), store = asked.store, triggers = 1, attempt = 0,
-               version = 0, followers = 0, told = 0, losses = 0}
-  run.seq = run.id
-  run.box = run.id
+               latest = latest_time(), expires = expiry(), store = asked.store, triggers = 1, attempt = 0,
+               version = 0, followers = 0, told = 0, losses = 0, needs = asked.needs, cooldown = asked.cooldown,
+               once = asked.once, labels = asked.labels, patience = asked.patience}
+  run.seq, run.box = run.id, run.id
+  run.due = math.min(due_time(), run.latest or math.huge)
+  if asked.grace and next(head.active) then run.stop_at = now + asked.grace end
   head.runs = head.runs + 1
   redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])
   if ARGV[4] ~= '' then redis.call('HSET', rec, 'call:' .. run.id, ARGV[4]) end
-  if run.mode == 'queue' then
+  if joins() then
     local open = head.open[run.task] or {}
     open[#open + 1] = run.id
     head.open[run.task] = open
@@ -75,20 +87,21 @@ local function new_run(head)
   return run
 end
 
--- (none) or not due -> dispatched, waiting, or waiting for its time.
+-- (holds no slots) -> dispatched, or waiting for slots or its time. Returns how long its message waits, -1 for none.
 local function place(head, run)
   if run.due > now then
     run.state = 'pending'
-    return schedule(run)
+    return schedule(run, run.due)
   end
-  clear_timer(run)
-  if none_waiting() and fits(head, run.limit) then
-    dispatch(head, run)
+  local answer = is_first(run) and take_slots(head, run)
+  if answer == true then
+    redis.call('ZREM', wait, run.id)
+    dispatch(run)
     return 0
   end
   run.state = 'pending'
   redis.call('ZADD', wait, run.seq, run.id)
-  return -1
+  return look_again(run, answer)
 end
 
 local function create(head)
@@ -121,27 +134,52 @@ end
 -- A slot that this trigger's new run could have. Runs that wait for their time hold none, but stand in for one:
 -- else an earlier trigger would start a second run instead of pulling the first forward.
 local function has_room(head)
-  if not none_waiting() then return false end
+  if redis.call('EXISTS', wait) == 1 then return false end
+  local open = joins() and head.open[asked.task] or {}
+  -- Of a burst no two runs are made, however many slots there are.
+  if asked.quiet and #open > 0 and not head.active[open[#open]] then return false end
   local reserved = 0
-  if asked.mode == 'queue' then
-    for _, run_id in ipairs(head.open[asked.task] or {}) do
-      if not head.active[run_id] then reserved = reserved + 1 end
-    end
+  for _, run_id in ipairs(open) do
+    if not head.active[run_id] then reserved = reserved + 1 end
   end
   return fits(head, asked.limit, reserved)
 end
 
+local function same_needs(run)
+  local own, new = run.needs or {}, asked.needs or {}
+  if #own ~= #new then return false end
+  for position, need in ipairs(own) do
+    if need.id ~= new[position].id then return false end
+  end
+  return true
+end
+
+-- When a run is due that covers one more trigger: the earliest time that any of them asked for, except that every
+-- trigger of a burst begins a new quiet period. A retry keeps its backoff.
+local function merged_due(run)
+  local latest = latest_time()
+  if latest and (not run.latest or latest < run.latest) then run.latest = latest end
+  if run.state ~= 'pending' or run.attempt > 0 then return run.due end
+  if asked.quiet and not (asked.delay or asked.due) then
+    return math.min(due_time(), run.latest or math.huge)
+  end
+  return math.min(due_time(), run.due)
+end
+
 -- unstarted -> the same run, covering one more trigger. Changes its arguments and due time alone.
 local function merge(head, run)
-  local extra = {}
+  local replaced
   if asked.rule == 'merge' and (asked.target ~= run.id or asked.base ~= run.version) then
     -- The merge function is Python's: hand out what there is, and take the union only if nothing came between.
     return {'merge', run.id, run.version, redis.call('HGET', rec, 'args:' .. run.id)}
   end
+  local needs = run.needs
   if asked.rule ~= 'first' then
-    if asked.watch then extra.replaced = redis.call('HGET', rec, 'args:' .. run.id) end
+    if asked.watch then replaced = redis.call('HGET', rec, 'args:' .. run.id) end
+    -- The arguments are the later trigger's from now on, and with them what they need of others.
     redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])
     run.version = run.version + 1
+    if not same_needs(run) then needs = asked.needs end
   end
   run.triggers = run.triggers + 1
   run.store = run.store or asked.store
@@ -151,23 +189,32 @@ local function merge(head, run)
   elseif run.expires and expires > run.expires then
     run.expires = expires
   end
-  local due = due_time()
-  if run.due > now and due < run.due then
-    run.due = due
-    run.unsent = nil
+  local due = merged_due(run)
+  local moved = due ~= run.due or needs ~= run.needs
+  if moved then
+    local message_out = run.state == 'dispatched'
+    release(head, run, false)
+    run.due, run.needs = due, needs
     local delay = place(head, run)
-    if delay >= 0 then
-      extra.sent = {envelope(run, delay)}
+    if delay >= 0 and not (message_out and run.state == 'dispatched') then
+      send(envelope(run, delay))
       run.pulled = asked.nonce
     end
   end
   follow(run)
   write_run(run)
+  if moved then
+    -- Others may go where it stood, or it where others do.
+    advance(head)
+    run = read_run(run.id)
+  end
   remember(head, 'coalesced', run)
-  return reply('coalesced', run, -1, extra)
+  return reply('coalesced', run, -1, replaced)
 end
 
 local function accept()
+  local done = asked.once and done_once(asked.task)
+  if done then return reply('skipped', {id = done.run, task_id = done.task_id, state = 'ended'}, -1) end
   local head = read_head()
   if not head then
     head = new_session()
@@ -188,7 +235,7 @@ local function accept()
       return reply('skipped', run, -1)
     end
   end
-  if asked.mode ~= 'queue' or has_room(head) then return create(head) end
+  if not joins() or has_room(head) then return create(head) end
   local open = head.open[asked.task] or {}
   if #open < asked.max_queued then return create(head) end
   local last = read_run(open[#open])

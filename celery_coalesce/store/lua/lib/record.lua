@@ -1,12 +1,12 @@
 -- The record of one key, as every transition reads and writes it.
 --
--- Scripts that include this take, as their first four KEYS, the record, its waiting runs, the namespace's numbers
--- and its
--- timers, and as ARGV[1] a JSON object with at least `state` (the state id, which names the key in the timers).
+-- Scripts that include this take, as their first ten KEYS, those below, and as ARGV[1] a JSON object with at least
+-- `state` (the state id, which names the key in the indexes).
 
-local VERSION = 1
+local VERSION = 2
 
-local rec, wait, meta, timers = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local rec, wait, meta, timers, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local busy = KEYS[6]
 local asked = cjson.decode(ARGV[1])
 
 -- Whole numbers as Redis wants them: Lua's tostring would round from the 15th digit on.
@@ -78,38 +78,19 @@ local function clear_timer(run)
   redis.call('ZREM', timers, ref(run))
 end
 
--- May a run take a slot now, beside those that are reserved? Only within the least limit of all concerned.
-local function fits(head, limit, reserved)
-  local taken = reserved or 0
-  for _, other in pairs(head.active) do
-    taken = taken + 1
-    if other < limit then limit = other end
+-- When a run that may not start before a time is woken: soon, by a message that a worker holds; later, by the sweep
+-- alone. A message that is under way and comes no later will do. Returns how long a new message waits, in
+-- milliseconds, -1 for none.
+local function schedule(run, at)
+  if at - now > asked.soon then
+    run.unsent, run.message_at = true, nil
+    set_timer(run, at)
+    return -1
   end
-  return taken < limit
-end
-
-local function none_waiting()
-  return redis.call('EXISTS', wait) == 0
-end
-
--- pending -> dispatched. The caller writes head and run, and somebody publishes the envelope.
-local function dispatch(head, run)
-  run.state = 'dispatched'
-  head.active[run.id] = run.limit
-  set_timer(run, now + asked.redispatch)
-end
-
--- When a run that is not due yet is woken: soon, by a message that a worker holds; later, by the sweep alone.
--- Returns how long the message waits in milliseconds, -1 for no message.
-local function schedule(run)
-  local delay = run.due - now
-  if delay <= asked.soon then
-    set_timer(run, run.due + asked.redispatch)
-    return math.max(delay, 0)
-  end
-  run.unsent = true
-  set_timer(run, run.due)
-  return -1
+  set_timer(run, at + asked.redispatch)
+  if run.message_at and run.message_at <= at then return -1 end
+  run.unsent, run.message_at = nil, at
+  return math.max(at - now, 0)
 end
 
 -- What a message for this run is made from.
@@ -118,39 +99,31 @@ local function envelope(run, delay)
   return {run.id, run.task_id, run.task, run.attempt, run.version, delay or 0, blobs[1] or '', blobs[2] or ''}
 end
 
--- What the call with this nonce dispatched when a run ended, should the call be repeated because its reply was lost.
-local function dispatched_by(head, nonce)
-  if not (head and head.ended and head.ended.nonce == nonce) then return nil end
-  local sent = {}
-  for _, run_id in ipairs(head.ended.sent) do
-    local run = read_run(run_id)
-    if run and run.state == 'dispatched' then sent[#sent + 1] = envelope(run) end
-  end
-  return sent
-end
-
-local function note_dispatched(head, nonce, sent)
-  head.ended = {nonce = nonce, sent = {}}
-  for position, letter in ipairs(sent) do head.ended.sent[position] = letter[1] end
-  write_head(head)
-end
-
--- Waiting runs into free slots, the oldest first: one that does not fit holds back those behind it.
-local function promote(head)
-  local sent = {}
-  while true do
-    local first = redis.call('ZRANGE', wait, 0, 0)[1]
-    if not first then break end
-    local run = read_run(first)
-    if run and not fits(head, run.limit) then break end
-    redis.call('ZREM', wait, first)
-    if run then
-      dispatch(head, run)
-      write_run(run)
-      sent[#sent + 1] = envelope(run)
+-- What outlives an idle key because it was asked for, and for no longer than that: values have a `till`, in ms, or are
+-- kept for ever.
+local function expire_kept()
+  local fields, longest = redis.call('HGETALL', kept), 0
+  for position = 2, #fields, 2 do
+    local till = cmsgpack.unpack(fields[position]).till
+    if not till then
+      redis.call('PERSIST', kept)
+      return
     end
+    longest = math.max(longest, till)
   end
-  return sent
+  redis.call('PEXPIREAT', kept, whole(longest))
+end
+
+local function keep(field, value)
+  redis.call('HSET', kept, field, cmsgpack.pack(value))
+  expire_kept()
+end
+
+-- The success after which further triggers of a task need no run.
+local function done_once(task)
+  local packed = redis.call('HGET', kept, 'once:' .. task)
+  local done = packed and cmsgpack.unpack(packed)
+  return done and (not done.till or done.till > now) and done or nil
 end
 
 -- A run that triggers may no longer join.
@@ -163,23 +136,4 @@ local function close(head, run)
     if #open == 0 then head.open[run.task] = nil end
   end
   if head.lone[run.task] == run.id then head.lone[run.task] = nil end
-end
-
--- Any state -> (gone). What is left of the session is written, or nothing at all.
--- Returns whether the session has drained, and the envelopes of what was dispatched into the slot.
-local function forget(head, run)
-  close(head, run)
-  clear_timer(run)
-  redis.call('ZREM', wait, run.id)
-  redis.call('HDEL', rec, 'run:' .. run.id, 'args:' .. run.id, 'call:' .. run.id)
-  if run.message then redis.call('HDEL', rec, 'msg:' .. run.message) end
-  head.active[run.id] = nil
-  head.runs = head.runs - 1
-  if head.runs == 0 then
-    redis.call('DEL', rec, wait)
-    return true, {}
-  end
-  local sent = promote(head)
-  write_head(head)
-  return false, sent
 end

@@ -1,0 +1,421 @@
+"""The options of a task: their names and defaults, what each takes, and which of them contradict each other."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+from .errors import OptionError
+from .keys import KeyTemplate, Parameters, TemplateError
+from .states import Mode, OnError, OnRetry, Overflow, Rule
+
+__all__ = [
+    "CONTRADICTIONS",
+    "NEEDS",
+    "OPTIONS",
+    "PER_CALL",
+    "Constraint",
+    "Contradiction",
+    "Merge",
+    "Need",
+    "declared_on",
+]
+
+#: Every option of a task, with its default.
+OPTIONS: dict[str, Any] = {
+    "coalesce_key": None,
+    "coalesce_scope": None,
+    "coalesce": Mode.QUEUE.value,
+    "coalesce_max_queued": 1,
+    "coalesce_overflow": Overflow.MERGE.value,
+    "coalesce_args": Rule.LATEST.value,
+    "coalesce_limit": 1,
+    "coalesce_delay": None,
+    "coalesce_max_delay": None,
+    "coalesce_cooldown": None,
+    "coalesce_constraints": (),
+    "coalesce_once": None,
+    "coalesce_should_run": None,
+    "coalesce_on_error": OnError.CONTINUE.value,
+    "coalesce_on_retry": OnRetry.HOLD.value,
+    "coalesce_grace": 10,
+    "coalesce_labels": {},
+    "coalesce_steps": {},
+    "coalesce_setup": None,
+}
+
+#: Those that one call may override. All runs of a key, or all attempts of a run, must agree on the others.
+PER_CALL = frozenset(
+    {"coalesce", "coalesce_key", "coalesce_max_queued", "coalesce_overflow", "coalesce_args", "coalesce_delay",
+     "coalesce_max_delay"}
+)  # fmt: skip
+
+#: More runs of one key than this are a mistake.
+MOST = 1_000_000
+#: Seconds: longer than a year is a mistake.
+LONGEST = 366 * 86_400
+
+Merge = Callable[[dict[str, Any], dict[str, Any]], Mapping[str, Any]]
+WordT = TypeVar("WordT", bound=Enum)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Slots that runs of any key and any task share by name.
+
+    ::
+
+        @app.task(base=CoalescedTask, coalesce_constraints=Constraint("provider:<provider>", limit=3, cooldown=11))
+        def fetch(provider, page): ...
+
+    Args:
+        template: The name, over the task's parameters like a key's template; a field that is ``None`` makes the call
+            exempt from this constraint. Or a callable with the task's own signature that returns the name or ``None``.
+        limit: How many runs with that name go on at once.
+        cooldown: Least seconds from the end of a run with that name to the start of the next.
+
+    .. versionadded:: 0.1
+    """
+
+    template: str | Callable[..., str | None]
+    limit: int = 1
+    cooldown: float | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """A constraint as one call needs it."""
+
+    name: str
+    limit: int
+    #: Seconds.
+    cooldown: float
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Two options that make no sense together.
+
+    ``option=value`` is one word of an option, ``option`` any value but its default.
+    """
+
+    one: str
+    other: str
+    #: Why, as what is wrong with ``one``.
+    reason: str
+    remedy: str
+
+
+_SKIP, _SERIALIZE, _REPLACE = "coalesce=skip", "coalesce=serialize", "coalesce=replace"
+_REJECT, _STOP = "coalesce_overflow=reject", "coalesce_on_error=stop"
+_RELEASE, _MERGE_RETRY = "coalesce_on_retry=release", "coalesce_on_retry=merge"
+
+
+def _merging(option: str) -> Iterable[Contradiction]:
+    for mode in (_SKIP, _SERIALIZE):
+        reason = f'has no meaning with coalesce="{mode.partition("=")[2]}", which merges nothing'
+        yield Contradiction(option, mode, reason, 'leave it out, or use coalesce="queue"')
+
+
+#: What is refused at the declaration, and of one call's own options at the call.
+CONTRADICTIONS: tuple[Contradiction, ...] = (
+    Contradiction(
+        "coalesce_limit",
+        _SKIP,
+        'contradicts coalesce="skip", which answers a call with the one run there is',
+        'use coalesce_limit=1, or coalesce="queue"',
+    ),
+    *_merging("coalesce_max_queued"),
+    *_merging("coalesce_overflow"),
+    *_merging("coalesce_args"),
+    *_merging("coalesce_delay"),
+    *_merging("coalesce_max_delay"),
+    *_merging(_MERGE_RETRY),
+    Contradiction(
+        "coalesce_args",
+        _REJECT,
+        'has no meaning with coalesce_overflow="reject", which merges nothing',
+        'leave it out, or use coalesce_overflow="merge"',
+    ),
+    Contradiction(
+        "coalesce_delay",
+        _REJECT,
+        'contradicts coalesce_overflow="reject": the calls of a burst are merged, not refused',
+        'use coalesce_overflow="merge"',
+    ),
+    Contradiction(
+        "coalesce_max_delay",
+        _REJECT,
+        'contradicts coalesce_overflow="reject": the calls of a burst are merged, not refused',
+        'use coalesce_overflow="merge"',
+    ),
+    Contradiction(
+        _MERGE_RETRY,
+        _REJECT,
+        'contradicts coalesce_overflow="reject", which merges nothing',
+        'use coalesce_overflow="merge", or coalesce_on_retry="hold"',
+    ),
+    Contradiction(
+        "coalesce_limit",
+        _REPLACE,
+        'contradicts coalesce="replace": with several runs it is not said which one is replaced',
+        'use coalesce_limit=1, or coalesce="queue"',
+    ),
+    Contradiction(
+        _REJECT,
+        _REPLACE,
+        'contradicts coalesce="replace": the newest call is the one that shall run',
+        'use coalesce_overflow="merge"',
+    ),
+    Contradiction(
+        _STOP,
+        _REPLACE,
+        'contradicts coalesce="replace": the newer call takes the place of the older, whatever became of that',
+        'use coalesce_on_error="continue"',
+    ),
+    Contradiction(
+        _RELEASE,
+        _REPLACE,
+        'contradicts coalesce="replace": the older run would come back after the newer',
+        'use coalesce_on_retry="hold"',
+    ),
+    Contradiction(
+        _MERGE_RETRY,
+        _REPLACE,
+        'contradicts coalesce="replace": a newer call would wait for the older run\'s retry',
+        'use coalesce_on_retry="hold"',
+    ),
+    Contradiction(
+        _STOP,
+        _SKIP,
+        'has no meaning with coalesce="skip": nothing waits behind a single flight',
+        'leave it out, or use coalesce="serialize"',
+    ),
+    Contradiction(
+        _RELEASE,
+        _SKIP,
+        'contradicts coalesce="skip": a second flight would overtake the one that is to be retried',
+        'use coalesce_on_retry="hold"',
+    ),
+    Contradiction(
+        "coalesce_once",
+        _SERIALIZE,
+        'contradicts coalesce="serialize", where every call runs',
+        'use coalesce="queue" or coalesce="skip"',
+    ),
+    Contradiction(
+        "coalesce_once",
+        "coalesce_limit",
+        "contradicts coalesce_limit: runs that go on at once would all succeed",
+        "use coalesce_limit=1",
+    ),
+)
+
+#: An option that has no meaning without another.
+NEEDS: tuple[Contradiction, ...] = (
+    Contradiction(
+        "coalesce_max_delay",
+        "coalesce_delay",
+        "has no meaning without coalesce_delay, which it bounds",
+        "give coalesce_delay as well",
+    ),
+    Contradiction(
+        "coalesce_grace",
+        _REPLACE,
+        'has no meaning without coalesce="replace"',
+        'leave it out, or use coalesce="replace"',
+    ),
+)
+
+
+def declared_on(feature: str, options: Mapping[str, Any]) -> bool:
+    """Return whether options have a feature, as :class:`Contradiction` names it."""
+    option, is_word, word = feature.partition("=")
+    if option not in options:
+        return False
+    value = options[option]
+    if is_word:
+        return not callable(value) and bool(value == word)
+    return callable(value) or bool(value != OPTIONS[option])
+
+
+def suggest(option: str, known: Any) -> str:
+    """Return the remedy for a name that is not known."""
+    close = difflib.get_close_matches(option, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "known are: " + ", ".join(sorted(known))
+
+
+def word(task: str, option: str, value: object, words: type[WordT]) -> WordT:
+    """Return a value as one of an option's words."""
+    try:
+        return words(value)
+    except ValueError:
+        known = ", ".join(repr(each.value) for each in words)
+        raise OptionError(task, option, value, "is not known", f"use one of {known}") from None
+
+
+def count(task: str, option: str, value: object) -> int:
+    """Return a value that counts runs."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise OptionError(task, option, value, "is not a whole number from 1 to 1,000,000", "give such a number")
+    return value
+
+
+def seconds(task: str, option: str, value: object, *, zero: bool = False) -> float | None:
+    """Return a value that is a number of seconds, or ``None``."""
+    if value is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (0 <= value <= LONGEST)
+        or not (value or zero)
+    ):
+        raise OptionError(
+            task, option, value, "is not a number of seconds up to a year", "give such a number, or None for none"
+        )
+    return float(value)
+
+
+def scope(task: str, value: object) -> str:
+    """Return what keys are unique in."""
+    if value is None:
+        return task
+    if not isinstance(value, str) or not value:
+        raise OptionError(
+            task, "coalesce_scope", value, "is not a non-empty string", "leave it out to use the task's name"
+        )
+    return value
+
+
+def rule(task: str, value: object) -> tuple[Rule, Merge | None]:
+    """Return whose arguments a covering run gets, and the function that says so."""
+    if callable(value):
+        try:
+            inspect.signature(value).bind({}, {})
+        except TypeError:
+            raise OptionError(
+                task, "coalesce_args", value, "does not take two arguments", "write merge(earlier, later)"
+            ) from None
+        return Rule.MERGE, value
+    if value not in (Rule.LATEST.value, Rule.FIRST.value):
+        raise OptionError(
+            task,
+            "coalesce_args",
+            value,
+            "is not known",
+            "use 'latest', 'first' or a function merge(earlier, later)",
+        )
+    return Rule(value), None
+
+
+def template(task: str, option: str, value: object, parameters: Parameters) -> KeyTemplate | Callable[..., str | None]:
+    """Return what makes a text of a call: a template, or a callable with the task's own signature."""
+    if isinstance(value, str):
+        try:
+            return KeyTemplate(value, parameters)
+        except TemplateError as error:
+            raise OptionError(task, option, value, error.problem, error.remedy) from None
+    if not callable(value):
+        raise OptionError(
+            task,
+            option,
+            value,
+            "is neither a template nor a callable",
+            'write "org:<org_id>", or a function with the task\'s own parameters',
+        )
+    same_signature(task, option, value, parameters)
+    return value
+
+
+def same_signature(task: str, option: str, function: Callable[..., Any], parameters: Parameters) -> None:
+    """Refuse a callable that could not be called with what the task is called with."""
+    try:
+        own = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    takes_any = {p.kind for p in own.parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in takes_any and inspect.Parameter.VAR_POSITIONAL in takes_any:
+        return
+    if list(own.parameters) != list(parameters.signature.parameters):
+        raise OptionError(
+            task,
+            option,
+            function,
+            f"takes {own}",
+            f"give it the task's own parameters, {parameters.signature}",
+        )
+
+
+def sync_callable(task: str, option: str, value: object) -> Callable[..., Any] | None:
+    """Return a function that is called in the worker, or ``None``."""
+    if value is None:
+        return None
+    if not callable(value) or inspect.iscoroutinefunction(value):
+        raise OptionError(task, option, value, "is no plain function", "give a function that is not async")
+    return value
+
+
+def constraints(
+    task: str, value: object, parameters: Parameters
+) -> tuple[tuple[KeyTemplate | Callable[..., str | None], int, float], ...]:
+    """Return constraints as (what makes the name, limit, cooldown in seconds)."""
+    option = "coalesce_constraints"
+    each = (value,) if isinstance(value, Constraint) else value
+    if not isinstance(each, list | tuple) or not all(isinstance(one, Constraint) for one in each):
+        raise OptionError(
+            task, option, value, "is no Constraint, or list of them", 'write Constraint("provider:<provider>", limit=3)'
+        )
+    return tuple(
+        (
+            template(task, option, one.template, parameters),
+            count(task, option, one.limit),
+            seconds(task, option, one.cooldown, zero=True) or 0.0,
+        )
+        for one in each
+    )
+
+
+def labels(task: str, value: object, parameters: Parameters) -> dict[str, KeyTemplate]:
+    """Return labels as templates by name."""
+    option = "coalesce_labels"
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
+        raise OptionError(task, option, value, "is no mapping of names to templates", 'write {"tenant": "<org_id>"}')
+    found = {}
+    for name, text in value.items():
+        made = template(task, option, text, parameters)
+        if not isinstance(made, KeyTemplate):
+            raise OptionError(task, option, text, f"is no template for {name!r}", 'write {"tenant": "<org_id>"}')
+        found[name] = made
+    return found
+
+
+def steps(task: str, value: object) -> dict[str, float]:
+    """Return the weights of steps by name, in their order."""
+    if not isinstance(value, Mapping) or not all(
+        isinstance(name, str)
+        and name
+        and isinstance(weight, int | float)
+        and not isinstance(weight, bool)
+        and 0 < weight <= MOST
+        for name, weight in value.items()
+    ):
+        raise OptionError(
+            task,
+            "coalesce_steps",
+            value,
+            "is no mapping of names to weights above 0",
+            'write {"build": 30, "test": 20, "deploy": 50}',
+        )
+    return {name: float(weight) for name, weight in value.items()}
+
+
+def once(task: str, value: object) -> float | bool | None:
+    """Return for how many seconds a success counts, ``True`` for ever, ``None`` not at all."""
+    if value is None or value is False:
+        return None
+    return True if value is True else seconds(task, "coalesce_once", value)

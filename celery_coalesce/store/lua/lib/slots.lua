@@ -1,0 +1,244 @@
+-- Who may start: the key's slots, its rest between runs, and the constraints that runs of any key share.
+--
+-- Needs lib/record. Nothing is held while a run waits, and whoever waits is passed by nobody who came later: so
+-- every waiting run is at some time the oldest of all, and then nothing but running ones and clocks stand in its way.
+
+local limits, slots, lines, resting = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+
+-- What others have to do about this script: publish these envelopes, and advance the keys with these state ids.
+local sent = {}
+
+local function send(what)
+  sent[#sent + 1] = what
+end
+
+-- Constraints: members begin with the constraint's id and '/'; '0' is the character after '/'.
+
+local function line_place(need, run)
+  return need.id .. '/' .. string.rep('0', 20 - #run.seq) .. run.seq .. '/' .. ref(run)
+end
+
+local function first_in_line(id)
+  return redis.call('ZRANGEBYLEX', lines, '[' .. id .. '/', '(' .. id .. '0', 'LIMIT', 0, 1)[1]
+end
+
+local function taken(id)
+  return redis.call('ZLEXCOUNT', slots, '[' .. id .. '/', '(' .. id .. '0')
+end
+
+local function known_limit(id)
+  local packed = redis.call('HGET', limits, id)
+  return packed and cmsgpack.unpack(packed) or {}
+end
+
+-- Nothing of an idle constraint stays but a limit that was set.
+local function tidy(id)
+  if taken(id) == 0 and not first_in_line(id) and not known_limit(id).set then redis.call('HDEL', limits, id) end
+end
+
+-- Whoever waits first may have been given way. Its own timer makes sure that somebody looks.
+local function nudge(id)
+  local first = first_in_line(id)
+  if not first then return end
+  local state, run_id = first:match('^[^/]*/[^/]*/([^/]*)/(.*)$')
+  if state == asked.state then return end
+  redis.call('ZADD', timers, whole(now), state .. '/' .. run_id)
+  send(state)
+end
+
+local function leave_lines(run)
+  if not run.lined then return end
+  run.lined = nil
+  for _, need in ipairs(run.needs) do redis.call('ZREM', lines, line_place(need, run)) end
+  for _, need in ipairs(run.needs) do
+    nudge(need.id)
+    tidy(need.id)
+  end
+end
+
+-- All constraints at once, or none. Returns true; or the time from which on, if only clocks stand in the way; or
+-- false: then the run stands in line, and is nudged.
+local function take_constraints(run)
+  if not run.needs then return true end
+  local free, at = true, 0
+  for _, need in ipairs(run.needs) do
+    local first = first_in_line(need.id)
+    local limit = known_limit(need.id).set or need.limit
+    local older = first and tonumber(first:match('^[^/]*/([^/]*)/')) or math.huge
+    if older < tonumber(run.seq) or taken(need.id) >= limit then free = false end
+    at = math.max(at, tonumber(redis.call('ZSCORE', resting, need.id) or '0'))
+  end
+  if free and at <= now then
+    for _, need in ipairs(run.needs) do
+      redis.call('ZADD', slots, 0, need.id .. '/' .. ref(run))
+      local known = known_limit(need.id)
+      known.name, known.limit = need.name, need.limit
+      redis.call('HSET', limits, need.id, cmsgpack.pack(known))
+    end
+    leave_lines(run)
+    return true
+  end
+  if not run.lined then
+    run.lined = true
+    for _, need in ipairs(run.needs) do
+      redis.call('ZADD', lines, 0, line_place(need, run))
+      local known = known_limit(need.id)
+      known.name, known.limit = need.name, need.limit
+      redis.call('HSET', limits, need.id, cmsgpack.pack(known))
+    end
+  end
+  return free and at
+end
+
+-- The run has gone on, and holds its slots no longer. `rests`: it had begun, so that its constraints rest now.
+local function free_constraints(run, rests)
+  for _, need in ipairs(run.needs or {}) do
+    redis.call('ZREM', slots, need.id .. '/' .. ref(run))
+    if rests and need.cooldown > 0 then
+      local till = now + need.cooldown
+      redis.call('ZREMRANGEBYSCORE', resting, '-inf', whole(now))
+      redis.call('ZADD', resting, whole(till), need.id)
+      redis.call('PEXPIRE', resting, whole(math.max(redis.call('PTTL', resting), need.cooldown)))
+    end
+  end
+  for _, need in ipairs(run.needs or {}) do
+    nudge(need.id)
+    tidy(need.id)
+  end
+end
+
+-- May a run take a slot of the key now, beside those that are reserved? Only within the least limit of all concerned.
+local function fits(head, limit, reserved)
+  local count = reserved or 0
+  for _, other in pairs(head.active) do
+    count = count + 1
+    if other < limit then limit = other end
+  end
+  return count < limit
+end
+
+-- When the key has rested long enough since its last run, by the longest cooldown of those concerned.
+local function rested_at(run)
+  local packed = redis.call('HGET', kept, 'rest')
+  if not packed then return 0 end
+  local rest = cmsgpack.unpack(packed)
+  return rest.from + math.max(rest.cooldown, run.cooldown or 0)
+end
+
+-- When the run that a waiting one is to replace is made to stop; nil if there is none.
+local function stops_at(head, run)
+  if not run.stop_at then return nil end
+  for run_id in pairs(head.active) do
+    local other = read_run(run_id)
+    if other and other.task == run.task and other.state ~= 'dispatched' then return run.stop_at end
+  end
+  return nil
+end
+
+-- waiting -> (holds its slots). Returns true; or the time at which to look again; or false: somebody who ends will.
+local function take_slots(head, run)
+  if not fits(head, run.limit) then
+    leave_lines(run)
+    return stops_at(head, run) or false
+  end
+  local at = rested_at(run)
+  if at > now then
+    leave_lines(run)
+    return at
+  end
+  local answer = take_constraints(run)
+  if answer == true then head.active[run.id] = run.limit end
+  return answer
+end
+
+-- Is nobody waiting who came before?
+local function is_first(run)
+  local first = redis.call('ZRANGE', wait, 0, 0, 'WITHSCORES')
+  return not first[2] or tonumber(first[2]) >= tonumber(run.seq)
+end
+
+-- (holds its slots) -> dispatched. The caller writes head and run, and somebody publishes the envelope.
+local function dispatch(run)
+  run.state, run.message_at, run.unsent = 'dispatched', nil, nil
+  set_timer(run, now + (run.patience or asked.redispatch))
+end
+
+-- What wakes a run that may not start: the clock, if `at` is a time; else whoever ends or gives way.
+-- Returns how long a new message waits, -1 for none.
+local function look_again(run, at)
+  if at then return schedule(run, at) end
+  run.message_at, run.unsent = nil, nil
+  clear_timer(run)
+  return -1
+end
+
+-- Due runs into free slots, the oldest first: one that may not start yet holds back those behind it.
+local function advance(head)
+  while true do
+    local first = redis.call('ZRANGE', wait, 0, 0)[1]
+    if not first then return end
+    local run = read_run(first)
+    if not run then
+      redis.call('ZREM', wait, first)
+    else
+      local answer = take_slots(head, run)
+      if answer ~= true then
+        local delay = look_again(run, answer)
+        if delay >= 0 then send(envelope(run, delay)) end
+        write_run(run)
+        return
+      end
+      redis.call('ZREM', wait, first)
+      dispatch(run)
+      write_run(run)
+      send(envelope(run))
+    end
+  end
+end
+
+-- A run gives back whatever it holds, wherever it stands. The caller advances the key.
+local function release(head, run, rests)
+  if head.active[run.id] then
+    head.active[run.id] = nil
+    free_constraints(run, rests)
+  end
+  leave_lines(run)
+  clear_timer(run)
+  redis.call('ZREM', wait, run.id)
+end
+
+-- Any state -> (gone). What is left of the session is written, or nothing at all. Returns whether it has drained.
+local function forget(head, run, rests)
+  close(head, run)
+  release(head, run, rests)
+  redis.call('HDEL', rec, 'run:' .. run.id, 'args:' .. run.id, 'call:' .. run.id)
+  if run.message then redis.call('HDEL', rec, 'msg:' .. run.message) end
+  head.runs = head.runs - 1
+  if head.runs == 0 then
+    redis.call('DEL', rec, wait)
+    redis.call('ZREM', busy, asked.state)
+    return true
+  end
+  advance(head)
+  write_head(head)
+  return false
+end
+
+-- What the call with this nonce dispatched when a run ended, should the call be repeated because its reply was lost.
+local function dispatched_by(head, nonce)
+  if not (head and head.ended and head.ended.nonce == nonce) then return nil end
+  local again = {}
+  for _, run_id in ipairs(head.ended.sent) do
+    local run = read_run(run_id)
+    if run and run.state == 'dispatched' then again[#again + 1] = envelope(run) end
+  end
+  return again
+end
+
+local function note_dispatched(head, nonce)
+  head.ended = {nonce = nonce, sent = {}}
+  for _, letter in ipairs(sent) do
+    if type(letter) == 'table' then head.ended.sent[#head.ended.sent + 1] = letter[1] end
+  end
+  write_head(head)
+end

@@ -1,0 +1,136 @@
+"""The transitions of operators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime, timezone
+
+from ..keys import constraint_id, state_id
+from ..records import Advance, Cleared, ClearedKey, ConstraintView, Lease, RecordView, Sent, TaskHistory
+from ..states import Answer, Outcome
+from .base import Base, as_text
+
+__all__ = ["Operating"]
+
+#: How many keys one look at the index of busy ones returns.
+PAGE = 200
+
+
+class Operating(Base):
+    """What is looked at, and what is set, from outside."""
+
+    def clear(
+        self,
+        scope: str,
+        key: str,
+        task: str | None = None,
+        *,
+        outcome: Outcome = Outcome.REVOKED,
+        why: str = "",
+        forget: bool = False,
+        by: Lease | None = None,
+    ) -> ClearedKey:
+        """Take what has not started out of a key's queue.
+
+        Args:
+            scope: The key's scope.
+            key: The key.
+            task: Only this task's runs; ``None`` for all of the scope.
+            outcome: How these runs end.
+            why: What their callers are told.
+            forget: Whether what was done once is to be done again.
+            by: The lease in whose name it is done. Once it is lost nothing more is taken out.
+        """
+        state = state_id(scope, key)
+        count = 0
+        told_here: list[Cleared] = []
+        sent: list[Sent] = []
+        cursor, bound = "0", None
+        while True:
+            asked = {
+                "cursor": cursor,
+                "bound": bound,
+                "task": task or "",
+                "lease": self.timing.lease,
+                "outcome": outcome.value,
+                "why": why,
+                "forget": forget or None,
+                "run": by and by.run,
+                "token": by and by.token,
+            }
+            reply = self._call("clear", self.store.names.record(state), state, asked)
+            if as_text(reply[0]) == Answer.LOST:
+                return ClearedKey(count, tuple(told_here), tuple(sent))
+            cursor, bound = as_text(reply[1]), as_text(reply[2])
+            count += int(reply[3])
+            sent += self._sent(state, reply[4])
+            told_here += [self._cleared(state, run) for run in reply[5]]
+            if cursor == "0":
+                return ClearedKey(count, tuple(told_here), tuple(sent))
+
+    def show(self, scope: str, key: str) -> RecordView | None:
+        """Return a key's record, ``None`` if the key is idle."""
+        return self.show_state(state_id(scope, key))
+
+    def show_state(self, state: str) -> RecordView | None:
+        """Return the record with a state id, ``None`` if its key is idle."""
+        reply = self._call("show", self.store.names.record(state), state, {})
+        if as_text(reply[0]) == Answer.IDLE:
+            return None
+        view = json.loads(reply[2])
+        return RecordView(as_text(reply[1]), view["head"], tuple(view["runs"] or ()), int(view["now"]))
+
+    def busy(self) -> Iterator[str]:
+        """Yield the state ids of busy keys, the oldest session first."""
+        after = ""
+        while True:
+            _, *found = self._plain("keys", (self.store.names.busy,), after=after, most=PAGE)
+            for state, _ in found:
+                yield as_text(state)
+            if len(found) < PAGE:
+                return
+            after = as_text(found[-1][1])
+
+    def set_limit(self, name: str, limit: int | None) -> tuple[Sent, ...]:
+        """Set how many runs a constraint lets go on at once; ``None`` gives it back to its tasks."""
+        limits, slots, lines, _ = self.store.names.constraints
+        keys = (self.store.names.timers, limits, slots, lines)
+        shown = name.encode("utf-8", "replace").decode()
+        reply = self._plain("limit", keys, id=constraint_id(name), name=shown, limit=limit)
+        return tuple(Advance(as_text(state)) for state in reply[1:])
+
+    def constraints(self) -> Iterator[ConstraintView]:
+        """Yield the constraints that are in use or have a limit of their own."""
+        cursor = "0"
+        while True:
+            reply = self._plain("constraints", self.store.names.constraints, cursor=cursor)
+            for name, declared, own, running, waiting, rests in reply[2:]:
+                yield ConstraintView(
+                    name=as_text(name),
+                    declared=int(declared) if int(declared) >= 0 else None,
+                    limit=int(own) if int(own) >= 0 else int(declared),
+                    running=int(running),
+                    waiting=int(waiting),
+                    rests=int(rests) / 1000,
+                )
+            cursor = as_text(reply[1])
+            if cursor == "0":
+                return
+
+    def history(self, task: str) -> TaskHistory:
+        """Return what is remembered of a task."""
+        _, runs, errors, error, key, last = self._plain("history", (self.store.names.history,), task=task)
+        if not last:
+            return TaskHistory(int(runs), int(errors), as_text(error) or None)
+        run, task_id, at, outcome = last
+        return TaskHistory(
+            runs=int(runs),
+            errors=int(errors),
+            last_error=as_text(error) or None,
+            last_key=as_text(key),
+            last_run_id=int(run),
+            last_task_id=as_text(task_id),
+            last_end=datetime.fromtimestamp(int(at) / 1000, timezone.utc),
+            last_outcome=Outcome(as_text(outcome)),
+        )

@@ -1,0 +1,348 @@
+"""The transitions of producers and of workers that run bodies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..keys import constraint_id, state_id
+from ..policy import Policy
+from ..records import (
+    Accepted,
+    Ended,
+    Envelope,
+    Finished,
+    Followers,
+    Known,
+    Lease,
+    MergeWanted,
+    RolledBack,
+    RunMeta,
+    Sent,
+    Started,
+    Trigger,
+)
+from ..states import Answer, Disposition, Mode, OnRetry, RunState
+from .base import Base, as_blob, as_text
+
+__all__ = ["Running"]
+
+#: A publish that is known to have failed is tried again after this many milliseconds.
+UNPUBLISHED_AGAIN = 60_000
+
+
+class Running(Base):
+    """What a call, its message and its run ask of the record."""
+
+    def trigger(
+        self, policy: Policy, trigger: Trigger, merging: MergeWanted | None = None
+    ) -> Accepted | MergeWanted | Known | None:
+        """Accept a trigger.
+
+        Args:
+            policy: The task's options, as the call overrides them.
+            trigger: The call.
+            merging: What the trigger's arguments were merged with, if a merge was wanted.
+
+        Returns:
+            What became of it; or what a merge function is to be applied to, before the call is made again; or, for a
+            message, the run that it was admitted as, or ``None`` if that has ended.
+        """
+        return self._accepted(trigger, policy, self.store.call(*self._trigger(policy, trigger, merging)))
+
+    def triggers(
+        self, asked: Sequence[tuple[Policy, Trigger, MergeWanted | None]]
+    ) -> list[Accepted | MergeWanted | Known | None]:
+        """Accept many triggers, in their order and in few round trips."""
+        replies = self.store.call_many([self._trigger(*each) for each in asked])
+        return [
+            self._accepted(trigger, policy, reply) for (policy, trigger, _), reply in zip(asked, replies, strict=True)
+        ]
+
+    def _trigger(self, policy: Policy, trigger: Trigger, merging: MergeWanted | None) -> tuple[Any, ...]:
+        """Return the call of the store that accepts a trigger."""
+        state = state_id(policy.scope, trigger.key)
+        asked: dict[str, Any] = {
+            "task_id": trigger.task_id,
+            "task": policy.task,
+            "mode": policy.mode.value,
+            "limit": policy.limit,
+            "max_queued": policy.max_queued,
+            "overflow": policy.overflow.value,
+            "rule": policy.rule.value,
+            "scope": policy.scope,
+            "store": trigger.store,
+            **trigger.times,
+            "within": trigger.within,
+            "watch": trigger.watch or None,
+            "cooldown": _ms(policy.cooldown) or None,
+            "once": bool(policy.once) or None,
+            "patience": trigger.patience,
+        }
+        if policy.merges and policy.delay is not None:
+            asked["quiet"] = _ms(policy.delay)
+            asked["longest"] = None if policy.max_delay is None else _ms(policy.max_delay)
+        if policy.mode is Mode.REPLACE and policy.grace is not None:
+            asked["grace"] = _ms(policy.grace)
+        if trigger.needs:
+            asked["needs"] = [
+                {
+                    "id": constraint_id(need.name),
+                    # Shown to people; the id is what counts.
+                    "name": need.name.encode("utf-8", "replace").decode(),
+                    "limit": need.limit,
+                    "cooldown": _ms(need.cooldown),
+                }
+                for need in trigger.needs
+            ]
+        if trigger.labels:
+            asked["labels"] = json.dumps(trigger.labels)
+        if merging is not None:
+            asked["target"], asked["base"] = merging.run, merging.version
+        name = "trigger"
+        keys: tuple[str, ...] = self.store.names.record(state)
+        if trigger.message is not None:
+            name = "admit"
+            keys = (*keys, self.store.names.seen)
+            asked["message"], asked["remember"] = trigger.message, self.timing.remember
+        key = trigger.key.encode("utf-8", "surrogatepass")
+        return name, keys, self._question(state, asked), key, trigger.args, trigger.call, trigger.follower
+
+    def _accepted(
+        self, trigger: Trigger, policy: Policy, reply: Sequence[Any]
+    ) -> Accepted | MergeWanted | Known | None:
+        word = as_text(reply[0])
+        if word == Answer.MERGE:
+            return MergeWanted(as_text(reply[1]), int(reply[2]), as_blob(reply[3]))
+        if word == Answer.KNOWN:
+            return Known(as_text(reply[1]), as_text(reply[2]), int(reply[3]))
+        if word == Answer.GONE:
+            return None
+        delay = int(reply[4])
+        return Accepted(
+            disposition=Disposition(word),
+            run=as_text(reply[1]),
+            task_id=as_text(reply[2]),
+            run_state=RunState(as_text(reply[3])),
+            delay=None if delay < 0 else delay,
+            replaced=as_blob(reply[5]),
+            sent=self._sent(state_id(policy.scope, trigger.key), reply[6]),
+        )
+
+    def rollback(self, state: str, run: str, task_id: str) -> RolledBack:
+        """Take back a dispatch whose publish failed, unless others have joined the run since."""
+        reply = self._record("rollback", state, run, task_id=task_id, again=UNPUBLISHED_AGAIN)
+        if as_text(reply[0]) != Answer.ENDED:
+            return RolledBack()
+        session = as_text(reply[2])
+        return RolledBack(self._sent(state, reply[1]), int(session) if session else None, int(reply[3]))
+
+    def unpublished(self, envelope: Envelope) -> None:
+        """Note that a run's message was not published; it is tried again in 60 seconds."""
+        self._record("unpublished", envelope.state, envelope.run, again=UNPUBLISHED_AGAIN)
+
+    def withdraw(self, envelope: Envelope, why: str) -> tuple[Sent, ...]:
+        """Take out a run whose message can not be made, for the sweep to tell its callers why."""
+        reply = self._record("withdraw", envelope.state, envelope.run, why=why)
+        return self._sent(envelope.state, reply[1]) if as_text(reply[0]) == Answer.CLEARED else ()
+
+    def start(
+        self,
+        envelope: Envelope,
+        *,
+        owner: str,
+        claim: str,
+        late: bool,
+        revoked: bool,
+    ) -> Started:
+        """Ask for a run's lease.
+
+        Args:
+            envelope: What the message says of the run.
+            owner: The worker process that the lease will hang from.
+            claim: This question's own id: repeated, it gets the same answer.
+            late: Whether the task is acknowledged late, and so runs again if its worker dies.
+            revoked: Whether the worker knows the run to be revoked.
+        """
+        state = envelope.state
+        names = self.store.names
+        asked = {
+            "run": envelope.run,
+            "task_id": envelope.task_id,
+            "attempt": envelope.attempt,
+            "version": envelope.version,
+            "claim": claim,
+            "owner": owner,
+            "late": late or None,
+            "lease": self.timing.lease,
+            "revoked": revoked or None,
+        }
+        keys = (*names.record(state), names.presence, names.held(owner))
+        reply = self._call("start", keys, state, asked)
+        answer = Answer(as_text(reply[0]))
+        if answer is Answer.EARLY:
+            return Started(answer, wait=int(reply[1]))
+        if answer is Answer.CARRY:
+            return Started(answer, call=as_blob(reply[1]))
+        if answer is Answer.STOP:
+            return Started(answer, stops=self._stops(reply[1]), sent=self._sent(state, reply[2]))
+        if answer not in (Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED):
+            return Started(answer)
+        expires = int(reply[6])
+        lease = Lease(
+            state=state,
+            run=envelope.run,
+            task_id=envelope.task_id,
+            task=envelope.task,
+            attempt=envelope.attempt,
+            token=as_text(reply[1]),
+            session=as_text(reply[2]),
+            index=int(reply[3]),
+            triggers=int(reply[4]),
+            store=as_text(reply[5]) == "1",
+            expires=None if expires < 0 else expires,
+            key=as_text(reply[7]),
+            scope=as_text(reply[8]),
+            mode=as_text(reply[9]),
+            args=as_blob(reply[10]),
+            labels=as_text(reply[11]),
+            owner=owner,
+            answer=answer.value,
+        )
+        return Started(answer, lease, done=as_text(reply[12]), sent=self._sent(state, reply[13]))
+
+    def check(self, lease: Lease, *, returned: bool = False) -> bool:
+        """Return whether a lease still holds; note, if asked to, that the body has returned."""
+        reply = self._record("check", lease.state, lease.run, token=lease.token, returned=returned or None)
+        return as_text(reply[0]) == Answer.RUNNING
+
+    def superseded(self, lease: Lease) -> bool | None:
+        """Return whether a newer trigger waits for the run to end; ``None`` if the lease was lost."""
+        reply = self._record("check", lease.state, lease.run, token=lease.token)
+        return as_text(reply[1]) == "1" if as_text(reply[0]) == Answer.RUNNING else None
+
+    def followers(self, lease: Lease) -> list[bytes] | None:
+        """Return the followers of a run that nobody can join any more; ``None`` if the lease was lost."""
+        found: list[bytes] = []
+        while True:
+            reply = self._record("check", lease.state, lease.run, token=lease.token, returned=True, after=len(found))
+            if as_text(reply[0]) != Answer.RUNNING:
+                return None
+            if len(reply) == 2:  # noqa: PLR2004 - the word, and whether it is superseded
+                return found
+            found += reply[2:]
+
+    def finish(
+        self,
+        lease: Lease,
+        *,
+        told: int = 0,
+        ended: Ended | None = None,
+        drain: RunMeta | None = None,
+        announced: bool = True,
+    ) -> Finished | Followers | None:
+        """End a run and pass its slots on.
+
+        Args:
+            lease: The run's lease.
+            told: How many of its followers have been told.
+            ended: How it ended, if it had begun.
+            drain: What the session's drain is announced with, if anybody may listen.
+            announced: Whether the caller announces it, and the sweep only if the caller dies.
+
+        Returns:
+            Followers that are still to be told, before the call is made again; what goes on in its place; or
+            ``None`` if the lease was lost.
+        """
+        names = self.store.names
+        asked = {
+            "run": lease.run,
+            "token": lease.token,
+            "told": told,
+            "announce_in": (self.timing.lease if announced else 0) if drain is not None else None,
+        }
+        if ended is not None:
+            asked["outcome"], asked["error"], asked["rests"] = ended.outcome.value, ended.error, ended.rests or None
+            if ended.once:
+                asked["once"] = -1 if ended.once is True else _ms(ended.once)
+            if ended.rest:
+                asked["cooldown"], asked["rest"] = _ms(ended.cooldown), _ms(ended.rest)
+        keys = (*names.record(lease.state), names.held(lease.owner), names.drains, names.history)
+        blob = json.dumps(asdict(drain)).encode() if drain is not None else b""
+        reply = self._call("finish", keys, lease.state, asked, blob)
+        answer = as_text(reply[0])
+        if answer == Answer.FOLLOWERS:
+            return Followers(tuple(reply[1:]))
+        if answer == Answer.LOST:
+            return None
+        drained = as_text(reply[1]) == "1"
+        return Finished(self._sent(lease.state, reply[2]), drained, blob if drained else b"")
+
+    def retry(
+        self,
+        lease: Lease,
+        task: str,
+        args: bytes,
+        call: bytes,
+        *,
+        delay: int | None = None,
+        due: int | None = None,
+        on_retry: OnRetry = OnRetry.HOLD,
+    ) -> tuple[Sent, ...] | None:
+        """Keep the run for its next attempt.
+
+        Args:
+            lease: This attempt's lease.
+            task: The task that makes the next attempt.
+            args: Its arguments.
+            call: Its call.
+            delay: Milliseconds until it is due.
+            due: The moment at which it is due, in milliseconds since the epoch.
+            on_retry: What becomes of the key until then.
+
+        Returns:
+            What is to be published, or ``None`` if the lease was lost.
+        """
+        names = self.store.names
+        asked = {
+            "run": lease.run,
+            "token": lease.token,
+            "task": task,
+            "delay": delay,
+            "due": due,
+            "on_retry": on_retry.value,
+        }
+        keys = (*names.record(lease.state), names.held(lease.owner))
+        reply = self._call("retry", keys, lease.state, asked, args, call)
+        if as_text(reply[0]) == Answer.LOST:
+            return None
+        return self._sent(lease.state, reply[1])
+
+    def requeue(self, lease: Lease) -> tuple[Sent, ...] | None:
+        """Wait for the message that the broker gives back.
+
+        Returns:
+            What to publish if the broker can not be trusted to, or ``None`` if the lease was lost.
+        """
+        names = self.store.names
+        asked = {"run": lease.run, "token": lease.token}
+        keys = (*names.record(lease.state), names.held(lease.owner))
+        reply = self._call("requeue", keys, lease.state, asked)
+        return self._sent(lease.state, reply[1]) if as_text(reply[0]) == Answer.DISPATCHED else None
+
+    def carry(self, envelope: Envelope, new_task_id: str, call: bytes) -> tuple[Sent, ...]:
+        """Carry the triggers that had joined a revoked run over to a new run of the key."""
+        asked = {
+            "run": envelope.run,
+            "task_id": envelope.task_id,
+            "new_task_id": new_task_id,
+        }
+        reply = self._call("carry", self.store.names.record(envelope.state), envelope.state, asked, call)
+        return self._sent(envelope.state, reply[1]) if as_text(reply[0]) == Answer.DISPATCHED else ()
+
+
+def _ms(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
