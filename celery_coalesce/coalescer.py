@@ -48,13 +48,11 @@ class Coalescer:
         """
         transitions = engine_of(self.app).transitions
         wanted = (labels or {}).items()
-        found = []
+        found: list[RunView] = []
         for state in transitions.busy():
             view = transitions.show_state(state)
-            for run in RunView.all_of(state, view) if view is not None else ():
-                if wanted <= run.labels.items() and task in (None, run.name):
-                    found.append(run)
-        return found
+            found += RunView.all_of(state, view) if view is not None else ()
+        return [run for run in found if wanted <= run.labels.items() and task in (None, run.name)]
 
     def constraints(self) -> list[ConstraintView]:
         """Return the constraints that are in use, or have a limit of their own.

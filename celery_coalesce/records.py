@@ -427,8 +427,7 @@ class TaskHistory:
         runs: How many runs have ended.
         errors: How many of them failed.
         last_error: The last failure's exception, ``None`` once a run has succeeded.
-        last_key: The key of the last run that ended; ``None`` if there was none.
-        last_run_id: That run.
+        last_run_id: The last run that ended; ``None`` if there was none.
         last_task_id: Its task id.
         last_end: When it ended.
         last_outcome: How it ended.
@@ -439,7 +438,6 @@ class TaskHistory:
     runs: int
     errors: int
     last_error: str | None = None
-    last_key: str | None = None
     last_run_id: int | None = None
     last_task_id: str | None = None
     last_end: datetime | None = None

@@ -120,7 +120,7 @@ class Operating(Base):
 
     def history(self, task: str) -> TaskHistory:
         """Return what is remembered of a task."""
-        _, runs, errors, error, key, last = self._plain("history", (self.store.names.history,), task=task)
+        _, runs, errors, error, last = self._plain("history", (self.store.names.history,), task=task)
         if not last:
             return TaskHistory(int(runs), int(errors), as_text(error) or None)
         run, task_id, at, outcome = last
@@ -128,7 +128,6 @@ class Operating(Base):
             runs=int(runs),
             errors=int(errors),
             last_error=as_text(error) or None,
-            last_key=as_text(key),
             last_run_id=int(run),
             last_task_id=as_text(task_id),
             last_end=datetime.fromtimestamp(int(at) / 1000, timezone.utc),

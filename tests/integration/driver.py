@@ -16,7 +16,6 @@ from typing import Any
 
 import redis
 
-from celery_coalesce.transitions import Transitions
 from celery_coalesce.errors import StoreError
 from celery_coalesce.keys import Names, state_id
 from celery_coalesce.policy import Policy
@@ -35,6 +34,7 @@ from celery_coalesce.records import (
 )
 from celery_coalesce.states import Answer, RunState
 from celery_coalesce.store.redis import RedisStore
+from celery_coalesce.transitions import Transitions
 from tests.support.process import wait_until
 
 #: Fields of `meta` that belong to the namespace, not to a key.

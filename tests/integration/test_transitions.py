@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from celery_coalesce.transitions.running import UNPUBLISHED_AGAIN
-from celery_coalesce.transitions.sweeping import HOURLY
 from celery_coalesce.errors import StoreError
 from celery_coalesce.records import (
     Accepted,
@@ -22,6 +20,8 @@ from celery_coalesce.records import (
     RunMeta,
 )
 from celery_coalesce.states import Answer, Disposition, RunState
+from celery_coalesce.transitions.running import UNPUBLISHED_AGAIN
+from celery_coalesce.transitions.sweeping import HOURLY
 from tests.integration.driver import Driver
 from tests.support.process import wait_until
 from tests.support.servers import ValkeyServer

@@ -1,11 +1,8 @@
 -- What is remembered of a task: how many runs have ended, how many of them failed, and the last of each.
 
-local MOST_SHOWN = 1024
-
 local function note(history, run)
   redis.call('HINCRBY', history, 'runs:' .. run.task, 1)
-  local last = {run = run.id, task_id = run.task_id, key = redis.call('HGET', rec, 'key'):sub(1, MOST_SHOWN), at = now,
-                outcome = asked.outcome}
+  local last = {run = run.id, task_id = run.task_id, at = now, outcome = asked.outcome}
   redis.call('HSET', history, 'last:' .. run.task, cmsgpack.pack(last))
   if asked.error then
     redis.call('HINCRBY', history, 'errors:' .. run.task, 1)
