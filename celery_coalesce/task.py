@@ -390,7 +390,7 @@ class CoalescedTask(Task):
         if key is None:
             return 0
         engine = engine_of(self._get_app())
-        cleared = engine.transitions.clear(policy.scope, key, str(self.name))
+        cleared = engine.transitions.clear(policy.scope, key, str(self.name), forget=True)
         publish_all(engine, cleared.sent)
         for run in cleared.told_here:
             tell_cleared(engine, run, engine.producer_bus)
