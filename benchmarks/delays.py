@@ -1,7 +1,7 @@
 """How late runs start that wait for a time, beside what Celery takes to start a plain task at once.
 
-``python -m benchmarks.delays [rounds]`` prints medians and maxima over interleaved rounds, in milliseconds, and how many
-messages a burst of triggers costs.
+``python -m benchmarks.delays [rounds]`` prints medians and maxima over interleaved rounds, in milliseconds, and how
+many messages a burst of triggers costs.
 """
 
 from __future__ import annotations
