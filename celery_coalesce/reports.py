@@ -43,6 +43,9 @@ REPORT_AGAIN = 1.0
 #: Named by Celery's tracer (celery.app.trace, 5.5-5.7), but in no public set.
 IGNORED, REJECTED = states.IGNORED, states.REJECTED
 
+#: How a run ends without having succeeded or failed.
+UNANNOUNCED = (Outcome.SKIPPED, Outcome.REVOKED)
+
 
 def _run_of(task: Any) -> Run | None:
     run = task.request.__dict__.get(ATTRIBUTE)
@@ -58,15 +61,16 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
         return
     app = task.app
     bus = EventBus(app, lease.monitored, lease.hostname)
-    run = Run(engine_of(app).transitions, lease, bus)
+    run = Run(engine_of(app).transitions, lease, bus, task)
     request.__dict__[ATTRIBUTE] = run
     signals.emit(signals.coalesce_start, task, bus, run.meta)
 
 
 def on_success(sender: Any, result: Any = None, **_: Any) -> None:
-    """Announce a success."""
+    """Announce a success, and before it that all steps are done."""
     run = _run_of(sender)
-    if run is not None and not run.lost and run.next_attempt is None:
+    if run is not None and not (run.lost or run.skipped) and run.next_attempt is None:
+        run.complete_steps()
         signals.emit(signals.coalesce_success, sender, run.bus, run.meta, result=result)
 
 
@@ -101,8 +105,8 @@ def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = N
         return
     ending = _ending(task, run, retval, state)
     if ending is not None:
-        if state in (states.RETRY, REJECTED):
-            # No failure to Celery's signals: this is the first that anybody hears of it.
+        if state in (states.RETRY, REJECTED) or (ending.outcome in UNANNOUNCED and run.handed_on is None):
+            # Neither success nor failure to Celery's signals: this is the first that anybody hears of it.
             announce_outcome(task.app, run.lease, ending, run.bus)
         _report(partial(_end, task, run, ending))
 
@@ -110,7 +114,7 @@ def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = N
 def _ending(task: Any, run: Run, retval: Any, state: str | None) -> Ending | None:
     """Return how the attempt ended, ``None`` if it is the parent's to say."""
     if state == states.SUCCESS:
-        return Ending(Outcome.SUCCEEDED, value=retval)
+        return Ending(Outcome.SKIPPED if run.skipped else Outcome.SUCCEEDED, value=retval)
     if state == states.FAILURE:
         return Ending.failed(retval, run.traceback)
     if state == states.RETRY:
@@ -165,8 +169,6 @@ def _complete_ignored(task: Any, run: Run) -> None:
 
 
 def _end(task: Any, run: Run, ending: Ending) -> None:
-    if ending.outcome in (Outcome.SKIPPED, Outcome.REVOKED) and run.handed_on is None:
-        announce_outcome(task.app, run.lease, ending, run.bus)
     if not end_run(engine_of(task.app), run.lease, ending, run.bus, told=run.handed_on or 0):
         run.lost = True
 
