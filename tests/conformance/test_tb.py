@@ -359,7 +359,7 @@ class BeatProcess(Process):
 
     def command(self) -> list[str]:
         """Return the program and its arguments."""
-        command = ["celery", "-A", "tests.support.app", "beat", "-l", "INFO", "--max-interval", "0.1"]
+        command = ["celery", "-A", "tests.support.app", "beat", "-l", "INFO"]
         return [*command, "-s", str(self.directory / "schedule"), "--pidfile", ""]
 
     def environment(self) -> dict[str, str]:
@@ -390,8 +390,8 @@ def test_tb_17_two_beats_fire_one_schedule_tick_as_one_run(two: Two, journal: Jo
     runs = starts(journal)
     assert len(runs) == len(moments)
     assert all(run["time"] >= moment for run, moment in zip(runs, moments, strict=True))
-    dispositions = [event["disposition"] for event in journal.events("coalesce_trigger")]
-    assert dispositions == ["dispatched", "skipped"] * 2
+    dispositions = sorted(event["disposition"] for event in journal.events("coalesce_trigger"))
+    assert dispositions == ["dispatched"] * 2 + ["skipped"] * 2
 
     # Five app servers, each with a scheduler of its own, that all find the same entry due at once.
     def fire(_: int) -> Any:
