@@ -109,7 +109,8 @@ class InlineRun:
         ``progress`` (per cent), ``done`` and ``left`` (names of steps) as its ``info``. The signal ``coalesce_step``
         and the event ``coalesce-step`` tell the same, and once more, with 100 per cent and no step, when the run has
         succeeded. The steps before the active one count whole, the active one half. Costs a round trip to the state
-        server and one to the result backend; where the state server is away, the step goes unreported.
+        server and one to the result backend; where the state server is away, the step goes unreported. A call that
+        joined the run under a task id of its own has no progress; its result's ``run_task_id`` has.
 
         Args:
             name: The step.

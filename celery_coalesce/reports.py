@@ -26,6 +26,7 @@ from .dispatch import publish_all
 from .endings import Ending, announce_end, announce_outcome, end_run, policy_of
 from .engine import Engine, engine_of
 from .errors import StoreUnavailable, Superseded
+from .progress import PROGRESS
 from .records import Lease
 from .signals import MOST_SHOWN, EventBus
 from .states import Outcome
@@ -150,12 +151,13 @@ def _is_pool_child(lease: Lease) -> bool:
 def _complete_ignored(task: Any, run: Run) -> None:
     """Give a bare ``Ignore`` a result, so that nobody waits for ever.
 
-    A state that the body itself has stored is left alone.
+    A state that the body itself has stored is left alone, but for that of a step.
     """
     request = task.request
     try:
         status = task.backend.get_task_meta(request.id).get("status") if not request.ignore_result else None
-        if status in (states.PENDING, states.STARTED, states.RECEIVED, states.RETRY, None):
+        ours = (PROGRESS,) if task.coalesce_policy.steps else ()
+        if status in (states.PENDING, states.STARTED, states.RECEIVED, states.RETRY, None, *ours):
             task.backend.mark_as_done(request.id, None, request=request, store_result=status is not None)
     except Exception:
         logger.exception(

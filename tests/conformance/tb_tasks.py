@@ -8,10 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from celery import Celery
+from celery.exceptions import Ignore
 from celery.schedules import schedstate, schedule
 
 from celery_coalesce import CoalescedTask, Constraint
@@ -21,7 +23,7 @@ from tests.support.tasks import recorded, work
 
 STEPS = {"build": 30, "test": 20, "deploy": 50}
 
-#: Where beats are told when to fire: moments in seconds since the epoch, and the key.
+#: Where beats are told the key of their tick, and the file that says when: in seconds since the epoch.
 TICKS_VARIABLE = "TEST_TICKS"
 #: Seconds for which a tick that has run needs no other run.
 TICK_COUNTS = 4
@@ -161,7 +163,7 @@ def stepping(self: CoalescedTask, key: str, steps: list[str], gate: str | None =
             if gate:
                 journal.pass_gate(gate)
         if error:
-            raise RuntimeError(error)
+            raise Ignore if error == "ignore" else RuntimeError(error)
     return "stepped"
 
 
@@ -229,15 +231,18 @@ def append(
 
 
 class Moments(schedule):
-    """A schedule of given moments, the same for every beat, as a crontab is."""
+    """A schedule of given moments, the same for every beat, as a crontab is.
 
-    def __init__(self, *moments: float, app: Celery | None = None) -> None:
+    They are read from a file, one in a line, so that they can be set once the beats are up.
+    """
+
+    def __init__(self, path: str, app: Celery | None = None) -> None:
         super().__init__(timedelta(0), app=app)
-        self.moments = moments
+        self.path = path
 
     def remaining_estimate(self, last_run_at: datetime) -> timedelta:
         """Return how long it is until the next moment."""
-        left = [moment for moment in self.moments if moment > last_run_at.timestamp()]
+        left = [moment for moment in read_moments(self.path) if moment > last_run_at.timestamp()]
         return timedelta(seconds=min(left) - self.now().timestamp()) if left else timedelta(days=1)
 
     def is_due(self, last_run_at: datetime) -> Any:
@@ -246,13 +251,19 @@ class Moments(schedule):
         return schedstate(is_due=left <= 0, next=0.05)
 
     def __reduce__(self) -> Any:
-        return type(self), self.moments
+        return type(self), (self.path,)
+
+
+def read_moments(path: str) -> list[float]:
+    """Return the moments of a file, none if it is not there yet."""
+    file = Path(path)
+    return [float(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if hasattr(support, "app"):  # in a worker, or a beat
     define(support.app)
     if TICKS_VARIABLE in os.environ:
-        _key, *_moments = os.environ[TICKS_VARIABLE].split(",")
+        _key, _path = os.environ[TICKS_VARIABLE].split(",")
         support.app.conf.beat_schedule = {
-            "tick": {"task": "tick", "schedule": Moments(*map(float, _moments)), "args": (_key, "ticked")}
+            "tick": {"task": "tick", "schedule": Moments(_path), "args": (_key, "ticked")}
         }

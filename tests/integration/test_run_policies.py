@@ -195,6 +195,13 @@ class TestSteps:
         journal.wait("coalesce_drain", timeout=SOON)
         assert [event["progress"] for event in journal.events("coalesce_step")] == ["15.0", "75.0"]
 
+    def test_ignored_run_is_not_left_in_its_step(self, app: HarnessApp, journal: Journal) -> None:
+        """A bare `Ignore` ends it skipped, for those who wait for it as well."""
+        result = app.tasks["stepping"].delay(journal.key(), ["build"], error="ignore")
+        assert result.get(timeout=SOON) is None
+        journal.wait("coalesce_drain", timeout=SOON)
+        assert order(journal) == ["start", "step", "skip", "drain"]
+
     def test_ignored_results_leave_only_the_events(self, app: HarnessApp, journal: Journal) -> None:
         """On the bus and as signals."""
         with Monitor(app) as monitor:
