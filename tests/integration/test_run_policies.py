@@ -239,6 +239,24 @@ class TestSteps:
         assert result.get(timeout=SOON) == "stepped"
 
 
+@pytest.mark.parametrize("backend", ["rpc://", "disabled://"])
+def test_steps_do_without_a_backend_that_keeps_results(
+    make_app: MakeApp, make_worker: MakeWorker, journal: Journal, backend: str
+) -> None:
+    """Under `rpc://` progress comes before the value; without a backend there are the events."""
+    app = make_app(backend=backend)
+    tb_tasks.define(app)
+    make_worker(app, include=INCLUDE)
+    result = app.tasks["stepping"].delay(journal.key(), list(STEPS), gate="a")
+    journal.open("a", 3)
+    if backend == "rpc://":
+        assert result.get(timeout=SOON) == "stepped"
+    journal.wait("coalesce_drain", timeout=SOON)
+    progress = [event["progress"] for event in journal.events("coalesce_step")]
+    assert progress == ["15.0", "40.0", "75.0", "100.0"]
+    assert order(journal) == ["start", *["step"] * 4, "success", "drain"]
+
+
 def test_run_that_has_lost_its_lease_reports_no_step(
     make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:
