@@ -18,7 +18,7 @@ from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all
 from .endings import tell_cleared
 from .engine import engine_of
-from .errors import CoalesceError, OptionError, StoreUnavailable
+from .errors import CoalesceError, InvalidKey, OptionError, StoreUnavailable
 from .install import install
 from .keys import state_id
 from .policy import Policy
@@ -40,10 +40,12 @@ def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
     """Return a ``__call__`` that looks at the run's lease once the body has returned."""
 
     def guard(self: CoalescedTask, *args: Any, **kwargs: Any) -> Any:
-        run = self.request.__dict__.get(ATTRIBUTE)
-        if run is None or self.request.called_directly:
-            return call(self, *args, **kwargs)
         request = self.request
+        run = request.__dict__.get(ATTRIBUTE)
+        if run is None and request.is_eager:
+            run = self._eager_run(request)
+        if run is None or request.called_directly:
+            return call(self, *args, **kwargs)
         calls_on = bool(request.callbacks or request.errbacks or request.chain or request.chord)
         return run.execute(partial(call, self), args, kwargs, calls_on)
 
@@ -163,11 +165,24 @@ class CoalescedTask(Task):
     def coalesce(self) -> InlineRun:
         """The run that the body is in: every field of :class:`~celery_coalesce.RunMeta`, and ``check()``."""
         run: InlineRun | None = self.request.__dict__.get(ATTRIBUTE)
-        return run if run is not None else InlineRun(self._inline_meta(self.request))
+        return run if run is not None else InlineRun(self._inline_meta(self.request), self, self.request)
+
+    def _eager_run(self, request: Context) -> InlineRun | None:
+        """Return the run of an eager call whose policies have a say in it, so that tests see what they do."""
+        policy = self.coalesce_policy
+        if policy is None or not (policy.should_run or policy.steps or policy.setup):
+            return None
+        run = request.__dict__[ATTRIBUTE] = InlineRun(self._inline_meta(request), self, request)
+        return run
 
     def _inline_meta(self, request: Context) -> RunMeta:
         policy = self._policy()
-        key = policy.key(request.args or (), request.kwargs or {}) or ""
+        args, kwargs = request.args or (), request.kwargs or {}
+        try:
+            key, labels = policy.key(args, kwargs) or "", policy.labels_of(args, kwargs)
+        except InvalidKey:
+            # Exempt, or with a key of its own, the call needed none from its arguments.
+            key, labels = "", {}
         return RunMeta(
             key=key,
             scope=policy.scope,
@@ -181,6 +196,7 @@ class CoalescedTask(Task):
             attempt=request.retries or 0,
             token=0,
             triggers=1,
+            labels=labels,
         )
 
     def _policy(self) -> Policy:

@@ -31,7 +31,7 @@ COALESCED: dict[str, dict[str, Any]] = {
     "shared_b": {"coalesce_scope": "shared"},
 }
 
-EVENTS = ("trigger", "start", "success", "error", "skip", "drain", "lost")
+EVENTS = ("trigger", "start", "step", "success", "error", "skip", "drain", "lost")
 
 
 def merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
