@@ -53,6 +53,15 @@ def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
     return guard
 
 
+def _as_celery_calls(self: CoalescedTask, *args: Any, **kwargs: Any) -> Any:
+    """Call the body as Celery does.
+
+    Looked up when it is called: in a worker Celery puts another ``Task.__call__`` in the place of its own, which runs the
+    body in the request that is there, and not in a copy (_install_stack_protection, celery.app.trace, 5.5-5.7).
+    """
+    return Task.__call__(self, *args, **kwargs)
+
+
 class CoalescedTask(Task):
     """A task whose calls for one key collapse into one run now and at most one follow-up, and never overlap.
 
@@ -68,11 +77,23 @@ class CoalescedTask(Task):
             the
             key, or ``None`` for a call that is exempt. Unset: the whole task is one key.
         coalesce_scope: What keys are unique in; the task's name unless tasks share one.
-        coalesce: ``"queue"``, ``"skip"`` or ``"serialize"``. In a body, ``self.coalesce`` is the run.
-        coalesce_max_queued: How many runs of a key may wait (``queue``).
+        coalesce: ``"queue"``, ``"skip"``, ``"serialize"`` or ``"replace"``. In a body, ``self.coalesce`` is the run.
+        coalesce_max_queued: How many runs of a key may wait.
         coalesce_overflow: ``"merge"`` into the last of these, or ``"reject"``.
         coalesce_args: ``"latest"``, ``"first"`` or ``merge(earlier, later)`` over bound arguments.
         coalesce_limit: How many runs of a key may go on at once.
+        coalesce_delay: Debounce: seconds of quiet before a run starts.
+        coalesce_max_delay: Seconds from its first trigger after which it starts at the latest.
+        coalesce_cooldown: Least seconds from the end of a run to the start of the key's next.
+        coalesce_constraints: A :class:`~celery_coalesce.Constraint`, or a list of them.
+        coalesce_once: For how many seconds a success counts for further triggers; ``True``: until it is cleared.
+        coalesce_should_run: A function with the task's own signature, asked right before the body.
+        coalesce_on_error: ``"continue"`` or ``"stop"``: whether a failure ends what waits behind it.
+        coalesce_on_retry: ``"hold"``, ``"release"`` or ``"merge"``: what becomes of the key until the retry.
+        coalesce_grace: Seconds after which a run that is replaced is terminated; ``None``: never.
+        coalesce_labels: Templates by name, which travel with events.
+        coalesce_steps: Weights by the name of a step, in their order.
+        coalesce_setup: A function without arguments, called once per worker process; its value is every run's.
 
     .. versionadded:: 0.1
     """
@@ -212,7 +233,7 @@ class CoalescedTask(Task):
         run = self.request.__dict__.get(ATTRIBUTE)
         return run if isinstance(run, Run) else None
 
-    __call__ = _guarded(Task.__call__)
+    __call__ = _guarded(_as_celery_calls)
 
     def on_replace(self, sig: Signature) -> Any:
         """Send the task that replaces this one once this attempt has ended.

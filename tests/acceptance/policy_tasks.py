@@ -34,12 +34,19 @@ def define(app: Celery) -> None:
         app.task(name=name, **common, **options)(retrying if "retry" in name else work)
     for name, grace in (("replaced_soon", 1), ("replaced_never", None)):
         app.task(name=name, coalesce="replace", coalesce_grace=grace, **common)(stubborn)
+    app.task(name="calling_another", **common)(calling_another)
     app.task(name="replaced_willingly", coalesce="replace", coalesce_grace=60, **common)(willing)
 
 
 def stubborn(self: Task, key: str, value: Any = None, gate: str | None = None) -> Any:
     """Do `work`, whatever comes."""
     return work(self, key, value, gate)
+
+
+def calling_another(self: Task, key: str) -> str:
+    """Call a plain task, and return its id."""
+    with recorded(self, key):
+        return str(self.app.tasks["work"].delay(f"{key} child", 1).id)
 
 
 def willing(self: CoalescedTask, key: str, value: Any = None, gate: str | None = None) -> Any:
