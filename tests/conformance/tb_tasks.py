@@ -39,6 +39,13 @@ def define(app: Celery) -> None:
     task("provided", provided, coalesce_constraints=Constraint("provider:<provider>"))
     task("provided_otherwise", provided_otherwise, coalesce_constraints=Constraint(provider_of))
     task("sometimes", provided, coalesce_key=key_of)
+    task("slots", provided, coalesce_constraints=Constraint("slots:<provider>", limit=3))
+    task("resting", provided, coalesce_constraints=Constraint("resting:<provider>", cooldown=1))
+    task("both", provided, coalesce_constraints=[Constraint("provider:<provider>"), Constraint("other")])
+    task("only_other", provided, coalesce_constraints=Constraint("other"))
+    task("quiet", work, coalesce_delay=0.6, coalesce_max_delay=1.5)
+    task("buffer", work, coalesce_limit=5)
+    task("done_once", work, coalesce_once=True)
     task("asked", asked, coalesce_should_run=shall_run)
     task("asked_ignored", asked, coalesce_should_run=shall_run, ignore_result=True)
     task("asked_rests", asked, coalesce_should_run=shall_run, coalesce_cooldown=600)
@@ -77,8 +84,8 @@ def define(app: Celery) -> None:
 def provided(
     self: CoalescedTask, key: str, value: Any = None, provider: str | None = "default", gate: str | None = None
 ) -> Any:
-    """Do `work` with a provider."""
-    return work(self, key, value, gate)
+    """Do `work` with a provider; the value "fail" fails."""
+    return work(self, key, value, gate, error="as asked" if value == "fail" else None)
 
 
 def provided_otherwise(self: CoalescedTask, key: str, provider: str = "default", gate: str | None = None) -> Any:

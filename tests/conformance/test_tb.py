@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from tests.support.app import BACKEND_VARIABLE, BROKER_VARIABLE, CONF_VARIABLE, 
 from tests.support.app import make_app as new_app
 from tests.support.events import Monitor
 from tests.support.journal import Event, Journal, assert_no_overlap
-from tests.support.process import Process
+from tests.support.process import Process, wait_until
 from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
 
@@ -89,6 +90,83 @@ def at_once(journal: Journal, prefix: str) -> int:
             now += 1 if event["event"] == "start" else -1
             most = max(most, now)
     return most
+
+
+def ended(journal: Journal, prefix: str) -> int:
+    """Return how many bodies have ended, of keys that begin so."""
+    return sum(1 for event in journal.events("end") if event["key"].startswith(prefix))
+
+
+def test_tb_1_a_constraint_with_limit_1_serializes_across_tasks(two: Two, journal: Journal) -> None:
+    """Two tasks, eight keys, two workers: their bodies follow each other."""
+    one, other = two.app.tasks["provided"], two.app.tasks["provided_otherwise"]
+    results = []
+    for n in range(4):
+        results.append(one.delay(journal.key(f"key {n}a"), n, provider=journal.name, gate="go"))
+        results.append(other.delay(journal.key(f"key {n}b"), provider=journal.name, gate="go"))
+    for n, result in enumerate(results):
+        journal.wait("start", count=n + 1, timeout=SOON)
+        two.fence(journal)
+        assert at_once(journal, "key") == 1
+        journal.open("go")
+        result.get(timeout=SOON)
+    journal.wait("end", count=8, timeout=SOON)
+    order = [event["key"] for event in journal.events("start") if event["key"].startswith("key")]
+    assert order == [f"key {n}{letter}" for n in range(4) for letter in "ab"]
+    assert len({event["hostname"] for event in journal.events("start")}) == 2
+
+
+def test_tb_2_a_limit_of_three_is_reached_and_never_exceeded(two: Two, journal: Journal) -> None:
+    """Ten keys, two workers: three bodies at once, all the time."""
+    slots = two.app.tasks["slots"]
+    results = [slots.delay(journal.key(f"key {n}"), n, provider=journal.name, gate="go") for n in range(10)]
+    for n in range(8):
+        journal.wait("start", key=f"key {n + 2}", timeout=SOON)
+        two.fence(journal)
+        assert at_once(journal, "key") == 3
+        journal.open("go")
+        wait_until(lambda n=n: ended(journal, "key") > n, SOON)
+    journal.open("go", 2)
+    assert [result.get(timeout=SOON) for result in results] == list(range(10))
+    assert at_once(journal, "key") == 3
+
+
+def test_tb_3_there_is_a_gap_between_an_end_and_the_next_start(two: Two, journal: Journal) -> None:
+    """Per name, and the waiter starts by itself when the rest is over; another name's is its own."""
+    resting = two.app.tasks["resting"]
+    results = [resting.delay(journal.key(f"key {n}"), n, provider=journal.name) for n in range(3)]
+    other = resting.delay(journal.key("other"), 9, provider=f"{journal.name} 2")
+    assert other.get(timeout=SOON) == 9
+    assert [result.get(timeout=SOON) for result in results] == [0, 1, 2]
+    for n in range(2):
+        end, start = journal.wait("end", key=f"key {n}"), journal.wait("start", key=f"key {n + 1}")
+        assert 0.95 <= start["time"] - end["time"] < 4
+    assert journal.wait("start", key="other")["time"] < journal.wait("start", key="key 1")["time"]
+
+
+def test_tb_4_a_run_starts_only_when_all_its_constraints_allow_it(two: Two, journal: Journal) -> None:
+    """It holds neither while one of them is busy, and no slot leaks when one refuses."""
+    provided, both, other = (two.app.tasks[name] for name in ("provided", "both", "only_other"))
+    coalescer = Coalescer(two.app)
+    busy = provided.delay(journal.key("busy"), 1, provider=journal.name, gate="busy")
+    journal.wait("start", key="busy", timeout=SOON)
+    waits = both.delay(journal.key("both"), 2, provider=journal.name)
+    two.fence(journal)
+    assert starts(journal, "both") == []
+    views = {view.name: view for view in coalescer.constraints()}
+    assert (views["other"].running, views["other"].waiting) == (0, 1)
+    # Accepted later, it does not pass the one that waits for both; once that is gone it goes.
+    behind = other.delay(journal.key("behind"), 3)
+    two.fence(journal)
+    assert starts(journal, "behind") == []
+    journal.open("busy")
+    assert [result.get(timeout=SOON) for result in (busy, waits, behind)] == [1, 2, 3]
+    order = [event["key"] for event in journal.events("start")]
+    assert order.index("both") < order.index("behind")
+    again = other.delay(journal.key("again"), 4)
+    assert again.get(timeout=SOON) == 4
+    journal.wait("coalesce_drain", key="again", timeout=SOON)
+    assert [view for view in coalescer.constraints() if view.name in ("other", f"provider:{journal.name}")] == []
 
 
 def test_tb_5_a_key_of_none_is_exempt(two: Two, journal: Journal) -> None:
@@ -208,6 +286,70 @@ def test_tb_8_a_pending_run_that_its_predecessor_made_pointless_is_skipped(two: 
     assert asked.delay(key, "more").get(timeout=SOON) == "more"
 
 
+def test_tb_9_success_and_failure_both_free_the_slot(two: Two, journal: Journal) -> None:
+    """Of a constraint, for the next waiter of another key; and of a key, for its own."""
+    provided = two.app.tasks["provided"]
+    bad = provided.delay(journal.key("bad"), "fail", provider=journal.name, gate="bad")
+    journal.wait("start", key="bad", timeout=SOON)
+    next_one = provided.delay(journal.key("next"), 1, provider=journal.name)
+    last = provided.delay(journal.key("last"), 2, provider=journal.name)
+    follow_up = provided.delay(journal.key("bad"), 3, provider=journal.name)
+    journal.open("bad")
+    with pytest.raises(RuntimeError, match="as asked"):
+        bad.get(timeout=SOON)
+    assert [result.get(timeout=SOON) for result in (next_one, last, follow_up)] == [1, 2, 3]
+    assert at_once(journal, "") == 1
+
+
+def test_tb_10_a_burst_runs_once_after_the_quiet_and_a_stream_runs_all_the_same(two: Two, journal: Journal) -> None:
+    """The burst's run sees the last arguments; a stream's runs are `coalesce_max_delay` apart at the most."""
+    quiet = two.app.tasks["quiet"]
+    results = [quiet.delay(journal.key("burst"), n) for n in range(20)]
+    called = time.time()
+    assert {result.get(timeout=SOON) for result in results} == {19}
+    (start,) = starts(journal, "burst")
+    assert 0.5 <= start["time"] - called < 3
+    # Less than the quiet period apart, for longer than the longest delay: without that bound nothing would run.
+    never = threading.Event()
+    began, n = time.time(), 0
+    while not starts(journal, "stream") and time.time() - began < SOON:
+        quiet.delay(journal.key("stream"), n)
+        n += 1
+        never.wait(0.1)
+    (first, *_) = starts(journal, "stream")
+    assert 1.4 <= first["time"] - began < 5
+
+
+def test_tb_11_five_run_at_once_and_ninety_five_more_become_one(two: Two, journal: Journal) -> None:
+    """With the last arguments, and every caller's result resolves."""
+    buffer = two.app.tasks["buffer"]
+    results = [buffer.delay(journal.key(), n, gate="go") for n in range(5)]
+    assert {result.disposition for result in results} == {Disposition.DISPATCHED}
+    journal.wait("start", count=5, timeout=SOON)
+    results += [buffer.delay(journal.key(), n, gate="go") for n in range(5, 100)]
+    journal.open("go", 6)
+    assert [result.get(timeout=SOON) for result in results] == [0, 1, 2, 3, 4] + [99] * 95
+    assert len(starts(journal)) == 6
+
+
+def test_tb_12_one_run_ever_until_it_is_cleared(two: Two, journal: Journal) -> None:
+    """For callers before and after, at both workers, on every path."""
+    once = two.app.tasks["done_once"]
+    first = once.delay(journal.key(), 1, gate="go")
+    journal.wait("start", timeout=SOON)
+    before = [once.apply_async((journal.key(), n), queue=queue) for n, queue in enumerate(two.queues)]
+    journal.open("go")
+    assert [result.get(timeout=SOON) for result in [first, *before]] == [1, 1, 1]
+    journal.wait("coalesce_drain", timeout=SOON)
+    after = once.delay(journal.key(), 2)
+    assert (after.disposition, after.id, after.get(timeout=SOON)) == (Disposition.SKIPPED, first.id, 1)
+    by_name = two.app.send_task("done_once", (journal.key(), 3))
+    assert by_name.get(timeout=SOON) == 1
+    assert len(starts(journal)) == 1
+    once.clear_key(journal.key())
+    assert once.delay(journal.key(), 4).get(timeout=SOON) == 4
+
+
 def test_tb_13_labels_are_in_every_event_and_in_metadata(two: Two, journal: Journal) -> None:
     """Signals, events of the bus, the body and the list of runs have them; runs can be listed by label."""
     labelled, coalescer = two.app.tasks["labelled"], Coalescer(two.app)
@@ -279,12 +421,12 @@ def test_tb_14_events_of_all_tasks_arrive_on_one_stream(two: Two, journal: Journ
                 assert {event["hostname"] for event in every} == {worker.hostname}
                 assert {event["name"] for event in every} == {"stepping", "queue", "asked"}
             monitor.settle()
-            before = len(monitor.events())
+            before = len(monitor.events("coalesce-"))
         app.tasks["queue"].delay(journal.key("later")).get(timeout=SOON)
         with Monitor(app) as next_one:
             app.tasks["queue"].delay(journal.key("last")).get(timeout=SOON)
             next_one.wait("coalesce-drain", key=journal.key("last"))
-        assert len(monitor.events()) == before
+        assert len(monitor.events("coalesce-")) == before
         assert next_one.events(key=journal.key("later")) == []
         # Nothing is kept for who does not listen any more.
         assert client.scard("_kombu.binding.celeryev") == others

@@ -16,6 +16,7 @@ COALESCED: dict[str, dict[str, Any]] = {
     "queue": {},
     "skip": {"coalesce": "skip"},
     "serialize": {"coalesce": "serialize"},
+    "serialize_stop": {"coalesce": "serialize", "coalesce_on_error": "stop"},
     "three": {"coalesce_max_queued": 3},
     "five": {"coalesce_limit": 5},
     "reject": {"coalesce_overflow": "reject"},
