@@ -160,6 +160,19 @@ def messages(app: HarnessApp, queue: str) -> int:
             return 0
 
 
+def test_progress_is_in_the_result_that_flower_asks_for(
+    app: HarnessApp, flower: FlowerProcess, journal: Journal
+) -> None:
+    """While the run goes on, and not among the states that events have left behind once it has ended."""
+    result = app.tasks["stepped"].delay(journal.key())
+    journal.wait("stepped", timeout=20)
+    shown = flower._get(f"/api/task/result/{result.id}")
+    assert (shown["state"], result.info["step"], result.info["progress"]) == ("PROGRESS", "one", 25.0)
+    journal.open("g")
+    result.get(timeout=20)
+    flower.wait_states({result.id: "SUCCESS"})
+
+
 def test_runs_end(app: HarnessApp, flower: FlowerProcess, journal: Journal) -> None:
     """Success, failure, retry and follow-up each end as they do without us."""
     queue = app.tasks["queue"]

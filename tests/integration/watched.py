@@ -35,6 +35,7 @@ def define(app: Celery) -> None:
         ("unprintable", unprintable, {}),
         ("watched_rejecting", rejecting, {"acks_late": True}),
         ("retried_by_hand", retried_by_hand, {}),
+        ("stepped", stepped, {"coalesce_steps": {"one": 1, "two": 1}}),
     ]
     for name, body, options in tasks:
         app.task(name=name, shared=False, bind=True, base=CoalescedTask, coalesce_key="<key>", **options)(body)
@@ -89,6 +90,14 @@ def retried_by_hand(self: Task, key: str) -> None:
     """Raise what `self.retry()` raises, having sent nothing."""
     with recorded(self, key):
         raise Retry("by hand")
+
+
+def stepped(self: CoalescedTask, key: str) -> None:
+    """Wait at the gate "g" in the first step."""
+    with recorded(self, key) as journal:
+        self.coalesce.step("one")
+        journal.record("stepped", key=key.partition(":")[2])
+        journal.pass_gate("g")
 
 
 def _misbehave(meta: Any = None, signal: Any = None, **_: Any) -> None:
