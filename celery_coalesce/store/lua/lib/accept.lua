@@ -31,9 +31,15 @@ end
 
 local function remember(head, disposition, run)
   local recent = head.recent
-  -- What is sent in one go is repeated in one go: of a batch every call is remembered, until others have come.
-  local over = #recent - 3 * (RECENT + (asked.batch or 0) - 1)
-  for _ = 1, math.min(math.max(over, 0), 6) do table.remove(recent, 1) end
+  if head.batch and now >= head.batch_till then head.batch, head.batch_till = nil, nil end
+  if asked.batch then
+    head.batch, head.batch_till = math.max(asked.batch, head.batch or 0), now + asked.redispatch
+  end
+  -- What was sent in one go is sent again in one go: every call of a batch is remembered for a while.
+  local most = RECENT + (head.batch or 0)
+  while #recent >= 3 * most do
+    for _ = 1, 3 do table.remove(recent, 1) end
+  end
   recent[#recent + 1] = asked.nonce
   recent[#recent + 1] = disposition
   recent[#recent + 1] = run.id
