@@ -53,18 +53,24 @@ class CoalescedResult(AsyncResult):
         look here before they wait.
         """
         if self._meta is None and self._refusal is not None:
-            self._meta = _ended(states.FAILURE, self._refusal)
+            self._maybe_set_cache(_ended(states.FAILURE, self._refusal))
         elif self._meta is None and self._is_done:
             stored = self.backend.get_task_meta(self.id)
-            if stored["status"] in states.READY_STATES:
-                self._set_cache(self.backend.meta_from_decoded(stored))
-            else:
-                self._meta = _ended(states.SUCCESS, None)
+            gone = stored["status"] not in states.READY_STATES
+            self._maybe_set_cache(_ended(states.SUCCESS, None) if gone else stored)
         return self._meta
 
     @_cache.setter
     def _cache(self, meta: dict[str, Any] | None) -> None:
         self._meta = meta
+
+    def then(self, callback: Any, on_error: Any = None, weak: bool = False) -> Any:
+        """Call back with the result once it is there, as ``AsyncResult.then``."""
+        if self._meta is None and (self._refusal is not None or self._is_done):
+            # Called back as soon as somebody looks at it: a barrier (vine.synchronization), which collects results,
+            # takes no account of those that were ready before it.
+            return self.on_ready.then(callback, on_error)
+        return super().then(callback, on_error, weak)
 
     def described(
         self,
