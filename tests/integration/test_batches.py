@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from celery.signals import before_task_publish
+from kombu.exceptions import OperationalError
 
+from celery_coalesce import StoreUnavailable, TriggerMeta, signals
 from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import StoreError
 from celery_coalesce.records import Accepted, MergeWanted, Trigger
 from celery_coalesce.states import Disposition
 from celery_coalesce.store import MOST_AT_ONCE
 from tests.integration.driver import Driver
+from tests.integration.sites import Site, queued
 from tests.support.app import HarnessApp
+from tests.support.journal import Journal
 from tests.support.process import HOST
 from tests.support.proxy import TCPProxy
 from tests.support.servers import ValkeyCluster, ValkeyServer
@@ -209,3 +216,116 @@ def test_a_broken_connection_makes_no_second_trigger(
         mended.result()
     assert words(replies) == ["dispatched"] + ["coalesced"] * 199
     assert drive.shown()[replies[0].run]["triggers"] == 200
+
+
+class TestWhatGoesWrong:
+    """Nothing that was accepted is forgotten, nothing that could not be published stays behind."""
+
+    @pytest.fixture
+    def told(self) -> Iterator[list[TriggerMeta]]:
+        """What `coalesce_trigger` tells."""
+        seen: list[TriggerMeta] = []
+
+        def receive(meta: TriggerMeta, **_: Any) -> None:
+            seen.append(meta)
+
+        signals.coalesce_trigger.connect(receive, weak=False)
+        yield seen
+        signals.coalesce_trigger.disconnect(receive)
+
+    def states(self, site: Site, keys: Sequence[str]) -> list[dict[str, str]]:
+        """Return the runs of each key, and where they are."""
+        views = [engine_of(site.app).transitions.show("queue", key) for key in keys]
+        return [{run["task_id"]: run["state"] for run in view.runs} if view else {} for view in views]
+
+    @contextmanager
+    def cut_at(self, broker: TCPProxy, number: int) -> Iterator[None]:
+        """Let the broker go away when the message with a number, from 1, is about to be published."""
+        left = itertools.count(1)
+
+        def receive(**_: Any) -> None:
+            if next(left) == number:
+                broker.cut()
+
+        before_task_publish.connect(receive, weak=False)
+        yield
+        before_task_publish.disconnect(receive)
+        broker.heal()
+
+    def test_what_could_not_be_published_is_taken_back_and_the_rest_stays(
+        self, make_site: Callable[..., Site], state_server: ValkeyServer, journal: Journal, told: list[TriggerMeta]
+    ) -> None:
+        """The third of four runs fails: two are out, the others and what joined them are as if never made."""
+        url = state_server.new_db()
+        with TCPProxy(state_server.port) as broker:
+            site = make_site(broker=url.replace(str(state_server.port), str(broker.port)), backend=url)
+            self.third_of_four_fails(site, broker, journal, told)
+
+    def third_of_four_fails(self, site: Site, broker: TCPProxy, journal: Journal, told: list[TriggerMeta]) -> None:
+        """Make the batch, and look at what is left."""
+        queue = site.app.tasks["queue"]
+        busy = queue.delay(journal.key("busy"), 0)
+        told.clear()
+        keys = [journal.key(name) for name in ("a", "b", "c", "d")]
+        calls: list[Any] = [((key, n), {}) for n in range(2) for key in keys]
+        calls.append(((journal.key("busy"), 1), {}))
+        link = site.app.tasks["collect"].s(key=journal.key("link"))
+        with self.cut_at(broker, 3), pytest.raises(OperationalError):
+            queue.batch_apply_async(calls, link=link, retry=False)
+
+        assert queued(site.app) == 3
+        assert [list(runs.values()) for runs in self.states(site, keys)] == [["dispatched"]] * 2 + [[]] * 2
+        assert [(meta.key, str(meta.disposition)) for meta in told] == [
+            (keys[0], "dispatched"),
+            (keys[1], "dispatched"),
+            (keys[0], "coalesced"),
+            (keys[1], "coalesced"),
+            (journal.key("busy"), "coalesced"),
+        ]
+        # What joined others' runs was accepted.
+        [run] = self.states(site, [journal.key("busy")])
+        assert run == {busy.id: "dispatched"}
+        site.worker()
+        assert busy.get(timeout=20) == 1
+
+    def test_a_store_that_goes_away_between_two_rounds(self, site: Site, journal: Journal) -> None:
+        """The merge function is called between them: the run of the first round is published, the error raised."""
+        task = site.app.tasks["queue"]
+
+        def cut(earlier: Any, later: Any) -> Any:
+            site.ours.cut()
+            return later
+
+        with pytest.raises(StoreUnavailable):
+            task.batch_apply_async([((journal.key(), n), {}) for n in range(3)], coalesce_args=cut)
+        assert queued(site.app) == 1
+        site.ours.heal()
+        assert list(self.states(site, [journal.key()])[0].values()) == ["dispatched"]
+
+    def test_a_store_that_goes_away_while_calls_are_published_without_it(
+        self, make_site: Callable[..., Site], journal: Journal
+    ) -> None:
+        """`coalesce_on_outage="publish"`: what was not accepted goes out without coalescing."""
+        site = make_site(coalesce_on_outage="publish")
+
+        def cut(earlier: Any, later: Any) -> Any:
+            site.ours.cut()
+            return later
+
+        calls: list[Any] = [((journal.key(), n), {}) for n in range(3)]
+        results = site.app.tasks["queue"].batch_apply_async(calls, coalesce_args=cut)
+        assert words(results) == ["dispatched"] * 3
+        assert [result.run_id is None for result in results] == [False, True, True]
+        assert queued(site.app) == 3
+
+    def test_a_merge_function_that_fails(self, site: Site, journal: Journal) -> None:
+        """Its error is the batch's; the run that was made before is published."""
+
+        def broken(earlier: Any, later: Any) -> Any:
+            raise ValueError("no way to merge")
+
+        queue = site.app.tasks["queue"]
+        with pytest.raises(ValueError, match="no way to merge"):
+            queue.batch_apply_async([((journal.key(), n), {}) for n in range(3)], coalesce_args=broken)
+        assert queued(site.app) == 1
+        assert list(self.states(site, [journal.key()])[0].values()) == ["dispatched"]

@@ -294,6 +294,20 @@ class Server:
         return b"-ERR unknown command\r\n"
 
 
+@pytest.mark.timeout(120)
+def test_a_batch_on_a_cluster(
+    make_app: MakeApp, make_worker: MakeWorker, journal: Journal, request: pytest.FixtureRequest
+) -> None:
+    """Its nodes have heard of no script; all keys of the library are on one of them."""
+    with of_cluster(request) as place:
+        app = make_app(conf=place.conf)
+        queue, calls = app.tasks["queue"], [(journal.key(f"k{n % 3}"), n) for n in range(300)]
+        results = queue.batch_delay(calls)
+        assert [result.disposition.value for result in results] == ["dispatched"] * 3 + ["coalesced"] * 297
+        make_worker(app, concurrency=1)
+        assert [result.get(timeout=20) for result in results[-3:]] == [297, 298, 299]
+
+
 class TestWhatCanNotBeUsed:
     @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "sentinel"])
     def test_nothing_listens(self, make_app: MakeApp, scheme: str) -> None:
