@@ -64,14 +64,6 @@ class CoalescedResult(AsyncResult):
     def _cache(self, meta: dict[str, Any] | None) -> None:
         self._meta = meta
 
-    def then(self, callback: Any, on_error: Any = None, weak: bool = False) -> Any:
-        """Call back with the result once it is there, as ``AsyncResult.then``."""
-        if self._meta is None and (self._refusal is not None or self._is_done):
-            # Called back as soon as somebody looks at it: a barrier (vine.synchronization), which collects results,
-            # takes no account of those that were ready before it.
-            return self.on_ready.then(callback, on_error)
-        return super().then(callback, on_error, weak)
-
     def described(
         self,
         disposition: Disposition | None,

@@ -153,6 +153,16 @@ class TestRollback:
         assert undone.undone
         assert drive.left() == []
 
+    def test_its_followers_do_not_stay_in_a_record_that_others_are_in(self, drive: Driver) -> None:
+        """Nobody would ever take them out."""
+        drive.run(drive.trigger(0, limit=2))
+        accepted = drive.trigger(1, limit=2)
+        drive.trigger(2, limit=2, given={"follower": b"follower"})
+        undone = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id, triggers=2, followers=1)
+        assert undone.undone
+        record = drive.names.record(drive.state())[0]
+        assert [name for name in drive.client.hkeys(record) if name.startswith(b"fol:")] == []  # type: ignore[union-attr]
+
     @pytest.mark.parametrize(("triggers", "followers"), [(3, 3), (4, 2)])
     def test_one_that_somebody_else_joined_stays(self, drive: Driver, triggers: int, followers: int) -> None:
         """Though it was the caller's."""
