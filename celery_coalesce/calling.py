@@ -226,8 +226,6 @@ class Call:
         self._undone = False
         self._result: CoalescedResult | None = None
 
-    # -- ready -------------------------------------------------------------------------------------------------------
-
     def _trigger(self, arguments: Arguments, task_id: str, serializer: str | None) -> Trigger:
         args, kwargs = arguments
         call = self._call
@@ -267,8 +265,6 @@ class Call:
         run = parent.request.__dict__.get(ATTRIBUTE) if parent is not None else None
         return run.lease.run if isinstance(run, Run) else None
 
-    # -- accepted ----------------------------------------------------------------------------------------------------
-
     def take(self, reply: object) -> None:
         """Take what became of the trigger."""
         if not isinstance(reply, Accepted):
@@ -299,8 +295,6 @@ class Call:
         if self.accepted is None:
             return self.uncoalesced
         return self.dispatches or (is_rpc(self.app) and self.accepted.disposition is not Disposition.REJECTED)
-
-    # -- published ---------------------------------------------------------------------------------------------------
 
     def publish(self, producer: Any) -> None:
         """Publish the message of its run; without a message, declare the caller's reply queue as publishing would."""
@@ -373,8 +367,6 @@ class Call:
             token=0,
             triggers=1,
         )
-
-    # -- reported ----------------------------------------------------------------------------------------------------
 
     def conclude(self) -> None:
         """Do what others have to do about the trigger, report it, and tell a caller whose call needs no run."""
