@@ -228,3 +228,16 @@ def test_eager_calls_run_inline(make_app: MakeApp, journal: Journal) -> None:
         queue.batch_delay([(journal.key(), 1), ()])
     assert journal.events() == []
     assert [result.get() for result in queue.batch_delay([(journal.key(), 1), (journal.key(), 2)])] == [1, 2]
+
+
+def test_under_rpc_every_call_gets_its_value(
+    make_app: MakeApp, make_worker: Callable[..., WorkerProcess], journal: Journal
+) -> None:
+    """Each joined call is a follower, whose reply queue is declared though it publishes nothing."""
+    app = make_app(backend="rpc://")
+    queue = app.tasks["queue"]
+    results = queue.batch_delay([(journal.key(f"k{n % 2}"), n) for n in range(6)])
+    assert words(results) == ["dispatched"] * 2 + ["coalesced"] * 4
+    assert len({result.id for result in results}) == 6
+    make_worker(app, concurrency=2)
+    assert values(results) == [4, 5, 4, 5, 4, 5]
