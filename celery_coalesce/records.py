@@ -139,6 +139,7 @@ class Accepted:
 class MergeWanted:
     """The arguments that a merge function is to be applied to."""
 
+    #: Empty if there is nothing to merge with any more: the call is made again with its own arguments.
     run: str
     version: int
     args: bytes
@@ -306,6 +307,8 @@ class RolledBack:
     #: The session that drained with it, if it had had other runs.
     drained: int | None = None
     last_index: int = 0
+    #: Whether it was.
+    undone: bool = False
 
 
 @dataclass(frozen=True)

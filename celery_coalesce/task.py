@@ -12,7 +12,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 
 from . import replacements
-from .calling import Call
+from .calling_task import CallingTask
 from .calls import HEADER, is_rpc
 from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all
@@ -25,7 +25,6 @@ from .policy import Policy
 from .records import Lease, RunMeta
 from .reports import continue_run
 from .result import CoalescedResult
-from .states import Disposition
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -56,13 +55,13 @@ def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
 def _as_celery_calls(self: CoalescedTask, *args: Any, **kwargs: Any) -> Any:
     """Call the body as Celery does.
 
-    Looked up when it is called: in a worker Celery puts another ``Task.__call__`` in the place of its own, which runs the
-    body in the request that is there, and not in a copy (_install_stack_protection, celery.app.trace, 5.5-5.7).
+    Looked up when it is called: in a worker Celery puts another ``Task.__call__`` in the place of its own, which runs
+    the body in the request that is there, and not in a copy (_install_stack_protection, celery.app.trace, 5.5-5.7).
     """
     return Task.__call__(self, *args, **kwargs)
 
 
-class CoalescedTask(Task):
+class CoalescedTask(CallingTask):
     """A task whose calls for one key collapse into one run now and at most one follow-up, and never overlap.
 
     ::
@@ -275,88 +274,6 @@ class CoalescedTask(Task):
         """Return the result with a task id."""
         return CoalescedResult(task_id, backend=self.backend, task_name=self.name, app=self._get_app(), **kwargs)
 
-    def apply_async(  # noqa: PLR0917 - Celery's own signature
-        self,
-        args: Sequence[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        task_id: str | None = None,
-        producer: Any = None,
-        link: Any = None,
-        link_error: Any = None,
-        shadow: str | None = None,
-        **options: Any,
-    ) -> Any:
-        """Ask for a run of the call's key. Takes whatever Celery's ``apply_async`` does, and the per-call options.
-
-        Args:
-            args: The positional arguments.
-            kwargs: The keyword arguments.
-            task_id: The call's own task id. If another call's run covers it, it is completed with that run.
-            producer: A kombu producer to publish with.
-            link: Signatures to call with the result.
-            link_error: Signatures to call on failure.
-            shadow: The name to show.
-            options: Celery's options, and ``coalesce``, ``coalesce_key`` (``None``: this call is exempt),
-                ``coalesce_args``,
-                ``coalesce_max_queued``, ``coalesce_overflow`` for this call alone.
-
-        Returns:
-            A :class:`~celery_coalesce.CoalescedResult` (an ``EagerResult`` under ``task_always_eager``).
-
-        Raises:
-            InvalidKey: The key is not a non-empty string.
-            OptionError: A per-call option is unknown or bad.
-            QueueFull: ``coalesce_overflow="reject"``, and enough runs wait.
-            StoreUnavailable: The state server can not be reached, and ``coalesce_on_outage`` is ``"raise"``.
-            TypeError: The arguments do not fit the task's parameters.
-            kombu.exceptions.OperationalError: The broker can not be reached. Nothing is left behind.
-
-        .. versionadded:: 0.1
-        """
-        own = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
-        overrides = {
-            name: options.pop(name) for name in list(options) if name == "coalesce" or name.startswith("coalesce_")
-        }
-        options = {name: value for name, value in own.items() if value is not None} | options
-        if task_id is not None and self._continues(task_id, args, kwargs, options):
-            return self.AsyncResult(task_id)
-        plain = partial(super().apply_async, args, kwargs)
-        if self.coalesce_refused is not None:
-            raise self.coalesce_refused
-        if self.coalesce_policy is None:
-            return plain(task_id=task_id, **options)
-        policy = self.coalesce_policy.override({n: v for n, v in overrides.items() if n != "coalesce_key"})
-        if self._get_app().conf.task_always_eager:
-            return plain(task_id=task_id, **options)
-        # A task that was written as a class has no header to check against.
-        header = getattr(self, "__header__", None)
-        if self.typing and header is not None:
-            header(*(args or ()), **(kwargs or {}))
-        key = self._key(policy, args or (), kwargs or {}, overrides, options)
-        if key is None:
-            options["headers"] = {**(options.get("headers") or {}), HEADER: {"exempt": True}}
-            result: CoalescedResult = plain(task_id=task_id, **options)
-            return result.described(Disposition.EXEMPT, None)
-        return Call(self, policy, key, plain, options).make((args or (), kwargs or {}), task_id)
-
-    def _key(
-        self,
-        policy: Policy,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        overrides: Mapping[str, Any],
-        options: Mapping[str, Any],
-    ) -> str | None:
-        """Return the call's key, ``None`` if it is exempt."""
-        header = (options.get("headers") or {}).get(HEADER)
-        if isinstance(header, dict) and header.get("exempt") is True:
-            # The retry of an exempt call is exempt.
-            return None
-        if "coalesce_key" not in overrides:
-            return policy.key(args, kwargs)
-        given = overrides["coalesce_key"]
-        return None if given is None else policy.checked(given)
-
     def _continues(
         self,
         task_id: str,
@@ -383,24 +300,6 @@ class CoalescedTask(Task):
         if not continue_run(engine_of(self._get_app()), lease, attempt):
             raise StoreUnavailable(f"run {lease.run} has lost its lease, and is not retried")
         return True
-
-    # -- Django ------------------------------------------------------------------------------------------------------
-
-    def delay_on_commit(self, *args: Any, **kwargs: Any) -> None:
-        """Call ``delay`` when the current database transaction has been committed. Needs Django.
-
-        As ``celery.contrib.django.task.DjangoTask.delay_on_commit``.
-        """
-        self.apply_async_on_commit(args, kwargs)
-
-    def apply_async_on_commit(self, *args: Any, **kwargs: Any) -> None:
-        """Call ``apply_async`` when the current database transaction has been committed. Needs Django.
-
-        As ``celery.contrib.django.task.DjangoTask.apply_async_on_commit``.
-        """
-        from django.db import transaction
-
-        transaction.on_commit(partial(self.apply_async, *args, **kwargs))
 
     # -- operating ---------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""From a call, or a message without a run, to what became of it."""
+"""From calls, or a message without a run, to what became of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import signals
@@ -21,10 +21,23 @@ if TYPE_CHECKING:
     from .records import Trigger
     from .signals import EventBus
 
-__all__ = ["accept", "report"]
+__all__ = ["Asking", "accept", "accept_all", "report"]
 
 #: Another trigger came between reading and merging this often: something is wrong.
 MOST_MERGES = 10_000
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A trigger, and what its arguments are merged with."""
+
+    #: The task's options, as the call overrides them.
+    policy: Policy
+    trigger: Trigger
+    #: Positional and keyword arguments.
+    arguments: tuple[Sequence[Any], Mapping[str, Any]]
+    #: What merged arguments are serialized with.
+    serializer: str | None
 
 
 def accept(
@@ -50,13 +63,60 @@ def accept(
         StoreUnavailable: The state server can not be reached.
         Exception: Whatever the merge function raises; nothing was changed.
     """
-    reply = engine.transitions.trigger(policy, trigger)
+    [(_, reply)] = accept_all(engine, [Asking(policy, trigger, arguments, serializer)])
+    return reply
+
+
+def accept_all(engine: Engine, asked: Sequence[Asking]) -> Iterator[tuple[int, Accepted | Known | None]]:
+    """Have triggers accepted, those of one key in their order.
+
+    Takes one round, and another where arguments are to be merged by a function: the merges of a key are worked out
+    here, each upon the one before, and sent together. Where somebody else came between there are further rounds.
+
+    Args:
+        engine: The app's engine.
+        asked: The triggers.
+
+    Yields:
+        The position of each, and what became of it, as :func:`accept` returns it; in any order.
+
+    Raises:
+        StoreUnavailable: The state server can not be reached.
+        Exception: Whatever a merge function raises. What was yielded was accepted.
+    """
+    left: dict[int, tuple[Policy, Trigger, MergeWanted | None]]
+    left = {position: (each.policy, each.trigger, None) for position, each in enumerate(asked)}
     for _ in range(MOST_MERGES):
-        if not isinstance(reply, MergeWanted):
-            return reply
-        merged = encode(_merged(engine.app, policy, reply.args, arguments), serializer)
-        reply = engine.transitions.trigger(policy, replace(trigger, args=merged), reply)
-    raise StoreError(f"{policy.task}: key {trigger.key!r} changes faster than arguments can be merged")
+        wanted: dict[str, MergeWanted] = {}
+        again: dict[str, list[int]] = {}
+        for position, reply in zip(list(left), engine.transitions.triggers(list(left.values())), strict=True):
+            if not isinstance(reply, MergeWanted):
+                yield position, reply
+                continue
+            key = asked[position].trigger.key
+            wanted.setdefault(key, reply)
+            again.setdefault(key, []).append(position)
+        if not again:
+            return
+        left = {}
+        for key, positions in again.items():
+            left |= _chained(engine.app, wanted[key], {position: asked[position] for position in positions})
+    keys = ", ".join(repr(asked[position].trigger.key) for position in left)
+    raise StoreError(f"{asked[0].policy.task}: key {keys} changes faster than arguments can be merged")
+
+
+def _chained(
+    app: Celery, base: MergeWanted, asked: Mapping[int, Asking]
+) -> dict[int, tuple[Policy, Trigger, MergeWanted | None]]:
+    """Return the triggers of one key, each with its arguments merged upon those of the one before."""
+    if not base.run:
+        return {position: (each.policy, each.trigger, None) for position, each in asked.items()}
+    chain: dict[int, tuple[Policy, Trigger, MergeWanted | None]] = {}
+    for position, each in asked.items():
+        merged = encode(_merged(app, each.policy, base.args, each.arguments), each.serializer)
+        chain[position] = (each.policy, replace(each.trigger, args=merged), base)
+        base = MergeWanted(base.run, base.version + 1, merged)
+    return chain
 
 
 def _merged(

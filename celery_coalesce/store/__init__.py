@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from ..keys import Names
 
-__all__ = ["Store"]
+__all__ = ["MOST_AT_ONCE", "Store"]
+
+#: So many transitions are sent in one go: few enough that the server answers others in between soon.
+MOST_AT_ONCE = 250
 
 
 class Store(Protocol):
@@ -19,8 +22,8 @@ class Store(Protocol):
         """Run a transition and return its reply."""
         ...
 
-    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-        """Run transitions, each given as the arguments of :meth:`call`, in their order; return their replies."""
+    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+        """Run transitions, each given as the arguments of :meth:`call`, in their order; yield their replies."""
         ...
 
     def connect(self) -> None:

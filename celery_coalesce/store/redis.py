@@ -37,6 +37,7 @@ from redis.sentinel import Sentinel
 from ..errors import SettingError, StoreError, StoreUnavailable
 from ..keys import Names
 from ..settings import Settings
+from . import MOST_AT_ONCE
 from .scripts import script
 
 if TYPE_CHECKING:
@@ -53,9 +54,6 @@ CONNECT_TIMEOUT = 3.0
 #: How often a call is tried again after a broken connection; not after a timeout, which has cost enough by then.
 #: Transitions are idempotent, so a lost reply does no harm.
 RETRIES = 2
-
-#: How many transitions go in one round trip.
-MOST_AT_ONCE = 250
 
 OLDEST_REDIS = (6, 2)
 
@@ -96,27 +94,45 @@ class RedisStore:
                 reply = client.eval(transition.text, len(keys), *keys, *argv)
             return reply
 
-    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-        """Run transitions in their order, some hundreds to a round trip; return their replies.
+    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+        """Run transitions in their order, some hundreds to a round trip.
+
+        What is sent in one go is sent again as a whole after a broken connection.
 
         Args:
             calls: The arguments of :meth:`call`, of each.
 
+        Yields:
+            Their replies, in their order.
+
         Raises:
-            StoreUnavailable: The server can not be reached; some may have run.
-            StoreError: It refused; some may have run.
+            StoreUnavailable: The server can not be reached; of those that were not answered, some may have run.
+            StoreError: It refused one. Those before it have run, and of those behind it some may have.
         """
-        replies: list[list[Any]] = []
+        if len(calls) == 1:
+            yield self.call(*calls[0])
+            return
+        for start in range(0, len(calls), MOST_AT_ONCE):
+            yield from self._call_at_once(calls[start : start + MOST_AT_ONCE])
+
+    def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
         with self._errors():
-            client = self._connected()
-            for name in {call[0] for call in calls}:
-                client.script_load(script(name).text)
-            for start in range(0, len(calls), MOST_AT_ONCE):
-                pipeline = client.pipeline(transaction=False)
-                for name, keys, *argv in calls[start : start + MOST_AT_ONCE]:
-                    pipeline.evalsha(script(name).sha, len(keys), *keys, *argv)
-                replies += pipeline.execute()
-        return replies
+            pipeline = self._connected().pipeline(transaction=False)
+            sent = set()
+            for name, keys, *argv in calls:
+                transition = script(name)
+                # The first of each brings its text along, for a server that does not know it: to hear so first would
+                # cost a round trip, and mix up the order of calls if another client made it known in between.
+                known = ("EVALSHA", transition.sha) if name in sent else ("EVAL", transition.text)
+                sent.add(name)
+                # ClusterPipeline.evalsha (redis-py 6.4-8.1) refuses: it can not know that all keys have one slot.
+                pipeline.execute_command(*known, len(keys), *keys, *argv)
+            replies = pipeline.execute(raise_on_error=False)
+        for reply in replies:
+            with self._errors():
+                if isinstance(reply, Exception):
+                    raise reply
+            yield reply
 
     def members(self, key: str, most: int) -> list[str]:
         """Return some members of a set."""

@@ -11,7 +11,12 @@ from ..records import Advance, Cleared, Envelope, Lease, Sent, Stop, Timing
 from ..states import Outcome
 from ..store import Store
 
-__all__ = ["Base", "as_blob", "as_text"]
+__all__ = ["Base", "as_blob", "as_text", "new_nonce"]
+
+
+def new_nonce() -> str:
+    """Return what one call of a transition is known again by."""
+    return uuid4().hex[:12]
 
 
 def as_text(value: Any) -> str:
@@ -47,7 +52,7 @@ class Base:
     def _question(self, state: str, asked: Mapping[str, Any]) -> str:
         given = {name: value for name, value in asked.items() if value is not None}
         # The nonce is the call's own: repeated because its reply was lost, the call is known again.
-        common = {"state": state, "nonce": uuid4().hex[:12], "redispatch": self.timing.redispatch}
+        common = {"state": state, "nonce": new_nonce(), "redispatch": self.timing.redispatch}
         return json.dumps({**common, "soon": self.timing.soon, **given})
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> list[Any]:

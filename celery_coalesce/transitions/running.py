@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,8 +26,9 @@ from ..records import (
     Started,
     Trigger,
 )
-from ..states import Answer, Disposition, Mode, OnRetry, RunState
-from .base import Base, as_blob, as_text
+from ..states import Answer, Disposition, Mode, OnRetry, Overflow, Rule, RunState
+from ..store import MOST_AT_ONCE
+from .base import Base, as_blob, as_text, new_nonce
 
 __all__ = ["Running"]
 
@@ -51,21 +53,44 @@ class Running(Base):
             What became of it; or what a merge function is to be applied to, before the call is made again; or, for a
             message, the run that it was admitted as, or ``None`` if that has ended.
         """
-        return self._accepted(trigger, policy, self.store.call(*self._trigger(policy, trigger, merging)))
+        return self._accepted(trigger, policy, self.store.call(*self._trigger(policy, trigger, merging, {})))
 
     def triggers(
         self, asked: Sequence[tuple[Policy, Trigger, MergeWanted | None]]
-    ) -> list[Accepted | MergeWanted | Known | None]:
-        """Accept many triggers, in their order and in few round trips."""
-        replies = self.store.call_many([self._trigger(*each) for each in asked])
-        return [
-            self._accepted(trigger, policy, reply) for (policy, trigger, _), reply in zip(asked, replies, strict=True)
-        ]
+    ) -> Iterator[Accepted | MergeWanted | Known | None]:
+        """Accept many triggers, in their order and in few round trips.
 
-    def _trigger(self, policy: Policy, trigger: Trigger, merging: MergeWanted | None) -> tuple[Any, ...]:
+        Of triggers of one key that are to be merged by a function each is taken to build upon the one before it: it is
+        merged only if that was, and nobody came between.
+
+        Args:
+            asked: The arguments of :meth:`trigger`, of each.
+
+        Yields:
+            What became of each, in their order.
+        """
+        states = [state_id(policy.scope, trigger.key) for policy, trigger, _ in asked]
+        many = Counter(states)
+        before: dict[str, str] = {}
+        calls = []
+        for state, (policy, trigger, merging) in zip(states, asked, strict=True):
+            batch: dict[str, Any] = {}
+            if many[state] > 1:
+                batch = {"nonce": new_nonce(), "batch": min(many[state], MOST_AT_ONCE)}
+                if policy.merges and policy.rule is Rule.MERGE and policy.overflow is Overflow.MERGE:
+                    batch["behind"] = before.get(state)
+                before[state] = batch["nonce"]
+            calls.append(self._trigger(policy, trigger, merging, batch))
+        for (policy, trigger, _), reply in zip(asked, self.store.call_many(calls), strict=True):
+            yield self._accepted(trigger, policy, reply)
+
+    def _trigger(
+        self, policy: Policy, trigger: Trigger, merging: MergeWanted | None, batch: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
         """Return the call of the store that accepts a trigger."""
         state = state_id(policy.scope, trigger.key)
         asked: dict[str, Any] = {
+            **batch,
             "task_id": trigger.task_id,
             "task": policy.task,
             "mode": policy.mode.value,
@@ -132,13 +157,22 @@ class Running(Base):
             sent=self._sent(state_id(policy.scope, trigger.key), reply[6]),
         )
 
-    def rollback(self, state: str, run: str, task_id: str) -> RolledBack:
-        """Take back a dispatch whose publish failed, unless others have joined the run since."""
-        reply = self._record("rollback", state, run, task_id=task_id, again=UNPUBLISHED_AGAIN)
+    def rollback(self, state: str, run: str, task_id: str, *, triggers: int = 1, followers: int = 0) -> RolledBack:
+        """Take back a dispatch whose publish failed, unless others have joined the run since.
+
+        Args:
+            state: The key's state id.
+            run: The run.
+            task_id: Its task id.
+            triggers: How many of its triggers are the caller's own.
+            followers: How many of its followers are.
+        """
+        own = {"triggers": triggers, "followers": followers}
+        reply = self._record("rollback", state, run, task_id=task_id, again=UNPUBLISHED_AGAIN, **own)
         if as_text(reply[0]) != Answer.ENDED:
             return RolledBack()
         session = as_text(reply[2])
-        return RolledBack(self._sent(state, reply[1]), int(session) if session else None, int(reply[3]))
+        return RolledBack(self._sent(state, reply[1]), int(session) if session else None, int(reply[3]), undone=True)
 
     def unpublished(self, envelope: Envelope) -> None:
         """Note that a run's message was not published; it is tried again in 60 seconds."""

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import redis
-from celery import group
 from celery.exceptions import TaskRevokedError, WorkerLostError
 from kombu.exceptions import EncodeError, OperationalError, SerializerNotInstalled
 
@@ -332,39 +331,43 @@ def test_du_9_a_trigger_emits_one_event_that_names_its_run_and_what_was_not_used
 def test_du_10_in_a_mixed_batch_the_first_of_a_key_creates_and_the_rest_coalesce(
     app: HarnessApp, worker: WorkerProcess, journal: Journal, triggers: Triggers
 ) -> None:
-    """A batch resolves per key: idle, busy or exempt. (A group, until there is `batch_delay`.)"""
+    """A batch resolves per key: idle or busy; an exempt one needs none."""
     queue = app.tasks["queue"]
     idle, busy = journal.key("idle"), journal.key("busy")
     with full_pool(app, worker, journal, free=1):
         running = queue.delay(busy, 0, gate="a")
         journal.wait("start", key="busy", timeout=PATIENCE)
         triggers.clear()
-        calls = [(idle, 1), (busy, 2), (idle, 3), (busy, 4), (idle, 5)]
-        members = [queue.s(*call) for call in calls] + [queue.s(idle, 6).set(coalesce_key=None)]
-        batch = group(members).apply_async()
+        batch = queue.batch_delay([(idle, 1), (busy, 2), (idle, 3), (busy, 4), (idle, 5)])
+        exempt = queue.batch_apply_async([((idle, 6), {}), ((idle,), {"value": 7})], coalesce_key=None)
         states = run_states(app, "queue", idle), run_states(app, "queue", busy)
     journal.open("a")
 
     metas = [meta for meta, _ in triggers]
     words = ["dispatched", "queued", "coalesced", "coalesced", "coalesced"]
     assert [meta.disposition.value for meta in metas] == words
-    assert [meta.task_id for meta in metas] == [result.id for result in batch.results[:5]]
+    assert [result.disposition.value for result in batch] == words
+    assert [meta.run_task_id for meta in metas] == [result.id for result in batch]
     of_idle, of_busy = metas[0].run_id, metas[1].run_id
     assert [meta.run_id for meta in metas] == [of_idle, of_busy, of_idle, of_busy, of_idle]
     assert states == ({of_idle: "dispatched"}, {running.run_id: "running", of_busy: "pending"})
-    assert batch.get(timeout=PATIENCE) == [5, 4, 5, 4, 5, 6]
+    assert [meta.run_id for meta in metas] == [result.run_id for result in batch]
+    assert [result.get(timeout=PATIENCE) for result in batch] == [5, 4, 5, 4, 5]
+    assert [result.disposition.value for result in exempt] == ["exempt", "exempt"]
+    assert [result.get(timeout=PATIENCE) for result in exempt] == [6, 7]
     journal.wait("coalesce_drain", key="idle", timeout=PATIENCE)
     journal.wait("coalesce_drain", key="busy", timeout=PATIENCE)
     assert len(journal.events("coalesce_start", key="idle")) == 1
     assert len(journal.events("coalesce_start", key="busy")) == 2
 
 
-def test_du_11_a_call_that_is_invalid_anywhere_leaves_nothing(
+def test_du_11_a_batch_that_is_invalid_anywhere_leaves_nothing(
     make_app: MakeApp, journal: Journal, triggers: Triggers
 ) -> None:
-    """An invalid call stores, publishes, emits nothing. (A loop, until there is `batch_delay`.)"""
+    """It stores, publishes and emits nothing, wherever in it the invalid call stands."""
     app = make_app()
     queue, key = app.tasks["queue"], journal.key()
+    good: list[tuple[Any, Any]] = [((journal.key(f"good{n}"), n), {}) for n in range(3)]
     calls: list[tuple[type[Exception], tuple[Any, ...], dict[str, Any]]] = [
         (EncodeError, (key, object()), {}),
         (EncodeError, (key,), {"headers": {"x": object()}}),
@@ -387,18 +390,23 @@ def test_du_11_a_call_that_is_invalid_anywhere_leaves_nothing(
     timers = engine_of(app).transitions.store.names.timers
     with redis.Redis.from_url(str(app.conf.broker_url), decode_responses=True) as client:
         for error, args, options in calls:
-            with pytest.raises(error):
-                queue.apply_async(args, **options)
-            assert (client.keys("*"), triggers) == ([], []), options or args
+            for batch in ([(args, {}), *good], [*good, (args, {})], [*good[:1], (args, {}), *good[1:]]):
+                with pytest.raises(error):
+                    queue.batch_apply_async(batch, **options)
+                assert (client.keys("*"), triggers) == ([], []), options or args
+        with pytest.raises(EncodeError):
+            queue.batch_delay([args for args, _ in good] + [(key, object())])
+        assert (client.keys("*"), triggers) == ([], [])
 
         # What only publishing finds out is taken back.
         with pytest.raises(OperationalError, match="no-such"):
-            queue.apply_async((key,), compression="no-such")
-        assert run_states(app, "queue", key) == {}
+            queue.batch_apply_async([((key, 1), {}), *good, ((key, 2), {})], compression="no-such")
+        assert run_states(app, "queue", key) == run_states(app, "queue", journal.key("good0")) == {}
         assert (client.llen("celery"), client.zcard(timers), triggers) == (0, 0, [])
 
         # And nothing of all that stands in the way of the next call.
-        assert queue.delay(key, 1).disposition is Disposition.DISPATCHED
+        [result] = queue.batch_delay([(key, 1)])
+        assert result.disposition is Disposition.DISPATCHED
         assert (client.llen("celery"), client.zcard(timers), len(triggers)) == (1, 1, 1)
 
 

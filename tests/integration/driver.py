@@ -99,6 +99,20 @@ class Twice:
         assert same(self._snapshot(), before), f"{script}: repeated, it changes the store"
         return second
 
+    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+        """Run transitions; if so told all of them twice, as a client does that lost the replies."""
+        self.calls += [(script, tuple(keys), tuple(argv)) for script, keys, *argv in calls]
+        first = list(self.store.call_many(calls))
+        if self.checked:
+            for keys in {tuple(call[1]) for call in calls}:
+                self._check(keys)
+        if self.twice:
+            before = self._snapshot()
+            second = list(self.store.call_many(calls))
+            assert same(second, first), f"repeated, they answer {second!r}, not {first!r}"
+            assert same(self._snapshot(), before), "repeated, they change the store"
+        yield from first
+
     def replay(self, position: int = -1) -> list[Any]:
         """Send an earlier call once more and return its reply."""
         script, keys, argv = self.calls[position]

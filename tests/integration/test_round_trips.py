@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.connection import AbstractConnection
 
 from celery_coalesce import QueueFull, signals
 from celery_coalesce.store.scripts import SCRIPTS, script
@@ -221,3 +222,79 @@ def test_a_receiver_of_the_trigger_costs_nothing_more(counted: Counted, journal:
         signals.coalesce_trigger.disconnect(receiver)
     assert len(told) == 1
     assert counted.calls.counted() == {"EVALSHA": 1}
+
+
+class TestBatches:
+    """1,000 triggers: no more than ten round trips to the state server, and one producer."""
+
+    @pytest.fixture
+    def trips(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The ports that this process speaks to, once for each time that it speaks and then listens.
+
+        A proxy can not tell: a server answers the first calls of a pipeline while the client still sends the others.
+        """
+        ports: list[int] = []
+        send = AbstractConnection.send_packed_command
+
+        def counted_send(connection: Any, *args: Any, **kwargs: Any) -> None:
+            ports.append(connection.port)
+            send(connection, *args, **kwargs)
+
+        monkeypatch.setattr(AbstractConnection, "send_packed_command", counted_send)
+        return ports
+
+    @pytest.fixture
+    def producers(self, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """The producers that were taken out of the pool."""
+        taken: list[Any] = []
+        pool = counted.app.amqp.producer_pool
+        acquire = pool.acquire
+
+        def counted_acquire(*args: Any, **kwargs: Any) -> Any:
+            taken.append(acquire(*args, **kwargs))
+            return taken[-1]
+
+        monkeypatch.setattr(pool, "acquire", counted_acquire)
+        return taken
+
+    def test_of_one_key(self, counted: Counted, journal: Journal, trips: list[int], producers: list[Any]) -> None:
+        """One run, one message."""
+        results = counted.app.tasks["queue"].batch_delay([(journal.key(), n) for n in range(1000)])
+        assert counted.calls.counted() == {"EVAL": 4, "EVALSHA": 996}
+        assert trips.count(counted.calls.port) == 4
+        assert len(producers) == 1
+        assert counted.broker.counted()["LPUSH"] == 1
+        assert results[0].get(timeout=20) == 999
+
+    @pytest.mark.timeout(120)
+    def test_of_many_keys(self, counted: Counted, journal: Journal, trips: list[int], producers: list[Any]) -> None:
+        """A hundred runs, and their messages over one connection."""
+        calls = [(journal.key(f"k{n % 100}"), n) for n in range(1000)]
+        results = counted.app.tasks["queue"].batch_delay(calls)
+        assert trips.count(counted.calls.port) == 4
+        assert len(producers) == 1
+        assert counted.broker.counted()["LPUSH"] == 100
+        assert [result.get(timeout=60) for result in results[:100]] == list(range(900, 1000))
+
+    def test_with_a_merge_function(
+        self, counted: Counted, journal: Journal, trips: list[int], producers: list[Any]
+    ) -> None:
+        """The merges of a key are worked out here, and sent together."""
+        results = counted.app.tasks["merge"].batch_delay([(journal.key(f"k{n % 2}"), 1) for n in range(1000)])
+        assert trips.count(counted.calls.port) == 8
+        assert len(producers) == 1
+        assert [result.get(timeout=20) for result in results[:2]] == [500, 500]
+
+    def test_of_one_call(self, counted: Counted, journal: Journal, trips: list[int], producers: list[Any]) -> None:
+        """As `delay`."""
+        [result] = counted.app.tasks["queue"].batch_delay([(journal.key(), 1)])
+        assert counted.calls.counted() == {"EVALSHA": 1}
+        assert result.get(timeout=20) == 1
+
+    def test_of_exempt_calls(self, counted: Counted, journal: Journal, trips: list[int], producers: list[Any]) -> None:
+        """Nothing is asked of the state server."""
+        calls: list[Any] = [((journal.key(), n), {}) for n in range(10)]
+        results = counted.app.tasks["queue"].batch_apply_async(calls, coalesce_key=None)
+        assert trips.count(counted.calls.port) == 0
+        assert len(producers) == 1
+        assert [result.get(timeout=20) for result in results] == list(range(10))

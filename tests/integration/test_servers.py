@@ -184,7 +184,7 @@ def test_a_run_and_its_follow_up(
         second = queue.delay(journal.key(), 2)
         assert queue.delay(journal.key(), 3).run_task_id == second.id
         assert {name.split(":")[0] for name in place.names()} == {
-            "rec", "wait", "held", "presence", "meta",
+            "rec", "wait", "held", "presence", "meta", "busy",
         }  # fmt: skip
 
         journal.open("g")
@@ -194,9 +194,9 @@ def test_a_run_and_its_follow_up(
         journal.wait("coalesce_drain", timeout=20)
         assert_no_overlap(journal.events())
         assert len(journal.events("start")) == 2
-        wait_until(lambda: place.names() <= {"presence", "meta"}, 10, lambda: str(place.names()))
+        wait_until(lambda: place.names() <= {"presence", "meta", "history"}, 10, lambda: str(place.names()))
         worker.stop()
-        assert place.names() == {"meta"}
+        assert place.names() == {"meta", "history"}
         assert_no_password(worker.logs())
 
 
@@ -292,6 +292,20 @@ class Server:
         if words[0] in (b"CLIENT", b"SELECT", b"PING"):
             return b"+OK\r\n"
         return b"-ERR unknown command\r\n"
+
+
+@pytest.mark.timeout(120)
+def test_a_batch_on_a_cluster(
+    make_app: MakeApp, make_worker: MakeWorker, journal: Journal, request: pytest.FixtureRequest
+) -> None:
+    """Its nodes have heard of no script; all keys of the library are on one of them."""
+    with of_cluster(request) as place:
+        app = make_app(conf=place.conf)
+        queue, calls = app.tasks["queue"], [(journal.key(f"k{n % 3}"), n) for n in range(300)]
+        results = queue.batch_delay(calls)
+        assert [result.disposition.value for result in results] == ["dispatched"] * 3 + ["coalesced"] * 297
+        make_worker(app, concurrency=1)
+        assert [result.get(timeout=20) for result in results[-3:]] == [297, 298, 299]
 
 
 class TestWhatCanNotBeUsed:

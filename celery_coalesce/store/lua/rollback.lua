@@ -1,7 +1,8 @@
 -- Takes back a dispatch whose publish failed, unless others have joined the run since.
 --
 -- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
--- ARGV: asked (JSON: state, nonce, run, task_id, redispatch, soon, again)
+-- ARGV: asked (JSON: state, nonce, run, task_id, redispatch, soon, again, triggers, followers (how many of each
+--   are the caller's own))
 -- Returns: ended, what is to be sent, session ('' unless it drained after runs), last run index; or unpublished; or
 --   gone
 -- Transition: dispatched | pending -> (none); or dispatched -> dispatched, to be published again
@@ -19,7 +20,8 @@ local function rollback()
   if run.task_id ~= asked.task_id or run.index or (run.state ~= 'dispatched' and run.state ~= 'pending') then
     return {'gone'}
   end
-  if run.triggers == 1 and run.followers == 0 and not run.joined then
+  if run.triggers == asked.triggers and run.followers == asked.followers and not run.joined then
+    for n = 1, run.followers do redis.call('HDEL', rec, 'fol:' .. run.box .. ':' .. n) end
     local drained = forget(head, run, false)
     if not drained then note_sent(head, asked.nonce) end
     return {'ended', sent, drained and head.index > 0 and head.session or '', head.index - 1}

@@ -3,6 +3,9 @@
 
 local RECENT = 8
 
+-- To be called again with its own arguments: what they were merged with has begun, or somebody came between.
+local AGAIN = {'merge', '', 0, ''}
+
 local function reply(disposition, run, delay, replaced)
   return {disposition, run.id, run.task_id, run.state, delay, replaced or '', sent}
 end
@@ -28,7 +31,13 @@ end
 
 local function remember(head, disposition, run)
   local recent = head.recent
-  if #recent >= 3 * RECENT then
+  if head.batch and now >= head.batch_till then head.batch, head.batch_till = nil, nil end
+  if asked.batch then
+    head.batch, head.batch_till = math.max(asked.batch, head.batch or 0), now + asked.redispatch
+  end
+  -- What was sent in one go is sent again in one go: every call of a batch is remembered for a while.
+  local most = RECENT + (head.batch or 0)
+  while #recent >= 3 * most do
     for _ = 1, 3 do table.remove(recent, 1) end
   end
   recent[#recent + 1] = asked.nonce
@@ -217,10 +226,13 @@ local function accept()
   if done then return reply('skipped', {id = done.run, task_id = done.task_id, state = 'ended'}, -1) end
   local head = read_head()
   if not head then
+    if asked.target or asked.behind then return AGAIN end
     head = new_session()
   else
     local again = repeated(head)
     if again then return again end
+    -- Of a chain of merges that is broken nothing counts, though the versions may happen to agree.
+    if asked.behind and asked.behind ~= head.recent[#head.recent - 2] then return AGAIN end
   end
   if asked.mode == 'skip' then
     local run = flight(head)
@@ -235,9 +247,11 @@ local function accept()
       return reply('skipped', run, -1)
     end
   end
-  if not joins() or has_room(head) then return create(head) end
   local open = head.open[asked.task] or {}
-  if #open < asked.max_queued then return create(head) end
+  if not joins() or has_room(head) or #open < asked.max_queued then
+    if asked.target then return AGAIN end
+    return create(head)
+  end
   local last = read_run(open[#open])
   if asked.overflow == 'reject' then return reply('rejected', last, -1) end
   return merge(head, last)
