@@ -1,7 +1,7 @@
 -- Keeps the run for its next attempt, or for the task of the same key that replaces it.
 --
 -- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, held
--- ARGV: asked (JSON: state, nonce, run, token, task, redispatch, soon, on_retry and delay or due), args, call
+-- ARGV: asked (JSON: state, run, token, task, redispatch, soon, on_retry and delay or due), args, call
 -- Returns: retrying, what is to be sent; or lost
 -- Transition: running -> retrying (hold, merge: it keeps its slots; merge: triggers may join it); running -> pending
 --   (release)
@@ -13,11 +13,13 @@ local function retry()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run or run.state ~= 'running' or run.token ~= asked.token then
-    if run and run.retried == asked.nonce then return {'retrying', sent_by(head, asked.nonce) or {}} end
+    if run and run.retried == asked.token and run.state ~= 'running' then
+      return {'retrying', sent_by(head, asked.token) or {}}
+    end
     return {'lost'}
   end
   run.due = asked.delay and now + asked.delay or asked.due or now
-  run.task, run.attempt, run.retried, run.version = asked.task, run.attempt + 1, asked.nonce, run.version + 1
+  run.task, run.attempt, run.retried, run.version = asked.task, run.attempt + 1, asked.token, run.version + 1
   run.token, run.owner, run.claim, run.unsent, run.message_at = nil, nil, nil, nil, nil
   redis.call('HSET', rec, 'args:' .. run.id, ARGV[2])
   if ARGV[3] ~= '' then
@@ -44,7 +46,7 @@ local function retry()
   end
   write_run(run)
   if run.state == 'pending' then advance(head) end
-  note_sent(head, asked.nonce)
+  note_sent(head, asked.token)
   redis.call('SREM', KEYS[11], ref(run))
   return {'retrying', sent}
 end
