@@ -366,6 +366,7 @@ class Call:
             attempt=0,
             token=0,
             triggers=1,
+            labels=self.asking.trigger.labels,
         )
 
     def conclude(self) -> None:
