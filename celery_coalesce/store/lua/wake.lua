@@ -5,7 +5,7 @@
 -- Returns: dispatched, what is to be sent, reason (due, lost, unpublished); cleared, and what tells its callers; stop,
 --   process and task id and run of each that is to stop, what is to be sent; or early, gone
 -- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; dispatched
---   and held by nobody -> (none); cleared -> told by another
+--   and held by nobody -> (none), or cleared where others joined; cleared -> told by another
 -- Order: the timer is moved in the same write as the state, so that two sweeps never wake one run.
 --# include record
 --# include slots
@@ -74,8 +74,15 @@ local function wake()
     return {'dispatched', sent, 'due'}
   end
   if run.patience and run.state == 'dispatched' then
-    -- Whoever waited for it would have come by now.
-    forget(head, run, false)
+    -- Whoever waited for it would have come by now. Those who joined it are told.
+    if run.followers > 0 then
+      take_out(head, run, 'lost', 'its caller was not heard of', now)
+      write_run(run)
+      advance(head)
+      write_head(head)
+    else
+      forget(head, run, false)
+    end
     return {'dispatched', sent, 'due'}
   end
   return again(run)
