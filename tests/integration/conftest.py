@@ -26,7 +26,8 @@ def make_driver(state_server: ValkeyServer) -> Iterator[Callable[..., Driver]]:
         drivers: list[Driver] = []
 
         def make(**timing: Any) -> Driver:
-            drivers.append(Driver(client, f"test-{uuid.uuid4().hex[:8]}", Timing(**timing)))
+            clocked = timing.pop("clocked", False)
+            drivers.append(Driver(client, f"test-{uuid.uuid4().hex[:8]}", Timing(**timing), clocked=clocked))
             return drivers[-1]
 
         yield make

@@ -35,6 +35,7 @@ from celery_coalesce.records import (
 from celery_coalesce.states import Answer, RunState
 from celery_coalesce.store.redis import RedisStore
 from celery_coalesce.transitions import Transitions
+from tests.integration.clock import ClockedStore
 from tests.support.process import wait_until
 
 #: Fields of `meta` that belong to the namespace, not to a key.
@@ -42,7 +43,7 @@ RESTS = {"meta", "history"}
 #: What is answered to a call that ended a session, repeated.
 FORGETS = {"finish": b"lost", "rollback": b"gone"}
 #: What goes by itself, or with its worker.
-LATER = {"presence", "seen", "drains"}
+LATER = {"presence", "seen", "drains", "kept", "resting"}
 #: Fields of a trigger that go into its `times`.
 TIMES = ("delay", "due", "ttl", "expires")
 
@@ -135,10 +136,13 @@ class Driver:
         store: What it speaks through.
     """
 
-    def __init__(self, client: redis.Redis, namespace: str, timing: Timing | None = None) -> None:
+    def __init__(
+        self, client: redis.Redis, namespace: str, timing: Timing | None = None, *, clocked: bool = False
+    ) -> None:
         self.client = client
         self.names = Names("", namespace)
-        store = RedisStore(lambda: client, self.names, "test server")
+        self._clocked = ClockedStore(client, self.names) if clocked else None
+        store = self._clocked or RedisStore(lambda: client, self.names, "test server")
         self.store = Twice(store, self.snapshot, client.exists, self.check)
         self.engine = Transitions(self.store, timing or Timing())
         self._ids = itertools.count(1)
@@ -168,7 +172,11 @@ class Driver:
         }
         times = {name: fields.pop(name) for name in TIMES if name in fields}
         fields["times"] = {name: time for name, time in times.items() if time is not None}
-        return self.engine.trigger(self.policy(task, **options), Trigger(key=key, **fields), merging)
+        policy = self.policy(task, **options)
+        named = (key, value)
+        fields.setdefault("needs", policy.needs(named, {}))
+        fields.setdefault("labels", policy.labels_of(named, {}))
+        return self.engine.trigger(policy, Trigger(key=key, **fields), merging)
 
     def follow(self, many: int) -> None:
         """Make calls that join, each with a follower of its own: b"1" and on."""
@@ -183,6 +191,17 @@ class Driver:
         self.store.twice = self.store.checked = False
         yield
         self.store.twice, self.store.checked = kept
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Send every transition once: the answer, repeated, would be another."""
+        twice, self.store.twice = self.store.twice, False
+        yield
+        self.store.twice = twice
+
+    def check_lease(self, lease: Lease) -> bool:
+        """Return whether a lease still holds."""
+        return self.engine.check(lease)
 
     def state(self, key: str = "k", scope: str = "task") -> str:
         """Return a key's state id."""
@@ -202,7 +221,8 @@ class Driver:
 
     def run(self, accepted: Any, key: str = "k", owner: str = "w/1/a", **changed: Any) -> Lease:
         """Start a trigger's run, which must be startable, and return its lease."""
-        envelope = accepted if isinstance(accepted, Envelope) else self.envelope(accepted, key)
+        of = {name: changed.pop(name) for name in ("scope", "task") if name in changed}
+        envelope = accepted if isinstance(accepted, Envelope) else self.envelope(accepted, key, **of)
         started = self.start(envelope, owner, **changed)
         assert started.answer is Answer.RUNNING, started
         assert started.lease is not None
@@ -283,6 +303,8 @@ class Driver:
 
     def clock(self) -> float:
         """Return the server's clock in milliseconds."""
+        if self._clocked is not None:
+            return self._clocked.now
         seconds, micros = self.client.time()  # type: ignore[misc]
         return float(seconds * 1000 + micros / 1000)
 
@@ -300,10 +322,13 @@ class Driver:
         found: Any = self.client.zrange(timers, 0, -1)
         timed = {ref.decode().split("/")[1] for ref in found if ref.decode().startswith(f"{state}/")}
         waiting = [run.decode() for run in self.client.zrange(wait, 0, -1)]  # type: ignore[union-attr]
+        busy = self.client.zscore(keys[5], state) is not None
         if not fields:
             assert not waiting, "runs wait, and there is no record"
             assert not timed, f"timers without a record: {timed}"
+            assert not busy, "an idle key is listed as busy"
             return
+        assert busy, "a key with a record is not listed"
         reply = self.store.store.call("show", keys, json.dumps({"state": state}))
         view = json.loads(reply[2])
         head, runs = view["head"], {run["id"]: run for run in view["runs"]}
@@ -313,18 +338,32 @@ class Driver:
         assert set(head["active"]) == taken, "a slot is held by what does not go on, or the other way round"
         assert set(waiting) <= by_state[RunState.PENDING], "something waits that is not pending"
         moved = (taken - by_state[RunState.RUNNING]) | by_state[RunState.CLEARED]
-        assert timed == moved | (by_state[RunState.PENDING] - set(waiting)), "a timer too many, or too few"
+        assert timed - set(waiting) == moved | (by_state[RunState.PENDING] - set(waiting)), "a timer too many, or few"
         for run in by_state[RunState.RUNNING]:
             holder = self.names.held(runs[run]["owner"])
             assert self.client.sismember(holder, f"{state}/{run}"), "a running run without a holder"
         if waiting:
-            limits = [*head["active"].values(), runs[waiting[0]]["limit"]]
-            assert len(head["active"]) >= min(limits), "a free slot met a waiting run"
+            first = runs[waiting[0]]
+            limits = [*head["active"].values(), first["limit"]]
+            full = len(head["active"]) >= min(limits)
+            assert full or first.get("lined") or waiting[0] in timed, "a free slot met a waiting run"
+        for run in runs.values():
+            self._check_constraints(run, f"{state}/{run['id']}", run["id"] in taken, keys)
         for names in (head["open"] or {}).values():
             for run in names:
-                assert runs[run]["state"] in ("pending", "dispatched"), "an open run that cannot be joined"
+                assert runs[run]["state"] in ("pending", "dispatched", "retrying"), "an open run that cannot be joined"
         blobs = {field.split(b":")[1].decode() for field in fields if field.startswith((b"args:", b"call:"))}
         assert blobs <= set(runs), "what is left of a run that is gone"
+
+    def _check_constraints(self, run: Mapping[str, Any], ref: str, taken: bool, keys: Sequence[str]) -> None:
+        """Fail unless a run holds the slots of its constraints, or stands in their lines, as its state says."""
+        slots, lines = keys[7:9]
+        for need in run.get("needs") or ():
+            holds = self.client.zscore(slots, f"{need['id']}/{ref}") is not None
+            assert holds == taken, "a constraint's slot is held by who has none of the key, or the other way round"
+            place = f"{need['id']}/{int(run['seq']):020}/{ref}"
+            lined = self.client.zscore(lines, place) is not None
+            assert lined == bool(run.get("lined")), "a run does not stand where it says"
 
     def end_all(self) -> None:
         """Let all that goes on come to its end; fail if something is left though nothing waits for its time."""
@@ -332,7 +371,7 @@ class Driver:
         with self.in_bulk(), suppress(StoreError):
             ended = [self._end(state) for state in records]
             if all(ended):
-                assert [name for name in self.left() if name not in LATER] == []
+                assert [name for name in self.left() if name.split(":")[0] not in LATER] == []
 
     def _end(self, state: str) -> bool:
         """End a record's runs, one after the other; return whether none is left."""
@@ -362,7 +401,10 @@ class Driver:
     # The clock goes on
 
     def pass_time(self, milliseconds: float) -> None:
-        """Wait until the server's clock has gone on."""
+        """Wait until the server's clock has gone on, or move the test's own."""
+        if self._clocked is not None:
+            self._clocked.set(self._clocked.now + int(milliseconds))
+            return
         end = self.clock() + milliseconds
         wait_until(lambda: self.clock() >= end)
 

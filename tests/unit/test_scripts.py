@@ -116,6 +116,6 @@ def test_the_design_page_mentions_no_script_that_is_not_there() -> None:
 def test_the_design_page_has_every_key() -> None:
     """The table of what is stored."""
     names = Names("", "ns")
-    every = [*names.record("<state>"), names.presence, names.held("<process>"), names.drains, names.seen]
+    every = [*names.record("<state>"), names.presence, names.held("<process>"), names.drains, names.seen, names.history]
     for name in every:
         assert f"`{name}`" in DESIGN, name

@@ -13,7 +13,7 @@ local function carry()
   local head = read_head()
   local old = head and read_run(asked.run)
   if not old then
-    local again = dispatched_by(head, asked.nonce)
+    local again = sent_by(head, asked.nonce)
     return again and {'dispatched', again} or {'gone'}
   end
   if old.task_id ~= asked.task_id or old.state == 'running' or old.state == 'cleared' then return {'gone'} end
@@ -34,7 +34,7 @@ local function carry()
   -- In the old one's place, by its acceptance.
   redis.call('ZADD', wait, run.seq, run.id)
   forget(head, old, false)
-  note_dispatched(head, asked.nonce)
+  note_sent(head, asked.nonce)
   return {'dispatched', sent}
 end
 

@@ -23,7 +23,7 @@ local function finish()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run then
-    local again = dispatched_by(head, asked.token)
+    local again = sent_by(head, asked.token)
     return again and {'ended', '0', again} or {'lost'}
   end
   if run.token ~= asked.token then return {'lost'} end
@@ -50,7 +50,7 @@ local function finish()
   if drained then
     if asked.announce_in then redis.call('ZADD', KEYS[12], whole(now + asked.announce_in), ARGV[2]) end
   else
-    note_dispatched(head, asked.token)
+    note_sent(head, asked.token)
   end
   redis.call('SREM', KEYS[11], ref(run))
   return {'ended', drained and '1' or '0', sent}

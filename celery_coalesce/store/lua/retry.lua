@@ -14,7 +14,7 @@ local function retry()
   local run = head and read_run(asked.run)
   if not run or run.state ~= 'running' or run.token ~= asked.token then
     if run and run.retried == asked.token and (run.state == 'retrying' or run.state == 'pending') then
-      return {'retrying', run.message_at and {envelope(run, math.max(run.message_at - now, 0))} or {}}
+      return {'retrying', sent_by(head, asked.token) or {}}
     end
     return {'lost'}
   end
@@ -42,7 +42,7 @@ local function retry()
   write_run(run)
   if delay >= 0 then send(envelope(run, delay)) end
   if run.state == 'pending' then advance(head) end
-  write_head(head)
+  note_sent(head, asked.token)
   redis.call('SREM', KEYS[11], ref(run))
   return {'retrying', sent}
 end

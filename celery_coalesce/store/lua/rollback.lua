@@ -13,7 +13,7 @@ local function rollback()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run then
-    local again = dispatched_by(head, asked.nonce)
+    local again = sent_by(head, asked.nonce)
     return again and {'ended', again, '', 0} or {'gone'}
   end
   if run.task_id ~= asked.task_id or run.index or (run.state ~= 'dispatched' and run.state ~= 'pending') then
@@ -21,7 +21,7 @@ local function rollback()
   end
   if run.triggers == 1 and run.followers == 0 and not run.joined then
     local drained = forget(head, run, false)
-    if not drained then note_dispatched(head, asked.nonce) end
+    if not drained then note_sent(head, asked.nonce) end
     return {'ended', sent, drained and head.index > 0 and head.session or '', head.index - 1}
   end
   run.unpublished = true

@@ -53,7 +53,10 @@ local function start()
   if run.task_id ~= asked.task_id then return {'unknown'} end
   if run.state == 'cleared' then return {'gone'} end
   if run.state == 'running' then
-    if run.claim == asked.claim then return leased(head, run) end
+    if run.claim == asked.claim then
+      sent_by(head, asked.claim)
+      return leased(head, run)
+    end
     return {'duplicate'}
   end
   if run.attempt ~= asked.attempt then return {'duplicate'} end
@@ -89,7 +92,7 @@ local function start()
   run.returned, run.unpublished, run.losses, run.message_at, run.unsent = nil, nil, 0, nil, nil
   write_run(run)
   advance(head)
-  write_head(head)
+  if #sent > 0 then note_sent(head, asked.claim) else write_head(head) end
   return leased(head, run)
 end
 

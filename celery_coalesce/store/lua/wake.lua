@@ -13,7 +13,7 @@
 --# include stopping
 
 -- Its message was lost, or is known not to have been published, or never was.
-local function again(run)
+local function again(head, run)
   local reason
   if run.unsent or run.unpublished then
     reason = run.unpublished and 'unpublished' or 'due'
@@ -24,23 +24,24 @@ local function again(run)
     run.losses = run.losses + 1
     set_timer(run, now + math.max(asked.hourly, asked.redispatch))
   end
-  run.unsent, run.unpublished, run.message_at, run.woken = nil, nil, now, asked.nonce
+  run.unsent, run.unpublished, run.message_at = nil, nil, now
   write_run(run)
   send(envelope(run))
+  note_sent(head, asked.nonce)
   return {'dispatched', sent, reason}
 end
 
 -- A waiting run comes to the front, or stays where it is.
 local function look(head, run)
   redis.call('ZADD', wait, run.seq, run.id)
-  run.message_at, run.unsent, run.unpublished, run.woken = nil, nil, nil, asked.nonce
+  run.message_at, run.unsent, run.unpublished = nil, nil, nil
   clear_timer(run)
   write_run(run)
   if is_first(run) and stops_at(head, run) and run.stop_at <= now and not fits(head, run.limit) then
     return stop(head, run)
   end
   advance(head)
-  write_head(head)
+  note_sent(head, asked.nonce)
   return {'dispatched', sent, 'due'}
 end
 
@@ -49,9 +50,7 @@ local function wake()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not at or tonumber(at) > now then
-    if run and run.woken == asked.nonce and run.state ~= 'running' then
-      return {'dispatched', {envelope(run)}, 'due'}
-    end
+    if sent_by(head, asked.nonce) then return {'dispatched', sent, 'due'} end
     return {'early'}
   end
   if not run or run.state == 'running' then
@@ -71,6 +70,7 @@ local function wake()
     local delay = schedule(run, run.due)
     if delay >= 0 then send(envelope(run, delay)) end
     write_run(run)
+    note_sent(head, asked.nonce)
     return {'dispatched', sent, 'due'}
   end
   if run.patience and run.state == 'dispatched' then
@@ -85,7 +85,7 @@ local function wake()
     end
     return {'dispatched', sent, 'due'}
   end
-  return again(run)
+  return again(head, run)
 end
 
 return wake()

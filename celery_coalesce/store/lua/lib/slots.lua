@@ -224,21 +224,24 @@ local function forget(head, run, rests)
   return false
 end
 
--- What the call with this nonce dispatched when a run ended, should the call be repeated because its reply was lost.
-local function dispatched_by(head, nonce)
+-- What the call with this nonce left to others, should the call be repeated because its reply was lost.
+local function sent_by(head, nonce)
   if not (head and head.ended and head.ended.nonce == nonce) then return nil end
-  local again = {}
-  for _, run_id in ipairs(head.ended.sent) do
+  for _, state in ipairs(head.ended.keys) do send(state) end
+  for _, run_id in ipairs(head.ended.runs) do
     local run = read_run(run_id)
-    if run and run.state == 'dispatched' then again[#again + 1] = envelope(run) end
+    if run and (run.state == 'dispatched' or run.message_at) then
+      send(envelope(run, math.max((run.message_at or now) - now, 0)))
+    end
   end
-  return again
+  return sent
 end
 
-local function note_dispatched(head, nonce)
-  head.ended = {nonce = nonce, sent = {}}
-  for _, letter in ipairs(sent) do
-    if type(letter) == 'table' then head.ended.sent[#head.ended.sent + 1] = letter[1] end
+local function note_sent(head, nonce)
+  head.ended = {nonce = nonce, keys = {}, runs = {}}
+  for _, what in ipairs(sent) do
+    local list = type(what) == 'table' and head.ended.runs or head.ended.keys
+    list[#list + 1] = type(what) == 'table' and what[1] or what
   end
   write_head(head)
 end
