@@ -47,17 +47,21 @@ class PlainPresence(ProcessPresence):
             self._idle_since = time.monotonic()
 
     def _beat(self) -> float:
-        wait = super()._beat()
+        try:
+            return super()._beat()
+        finally:
+            self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
         with _guard:
             idle = not (self._users or self._unreported or self._leases)
             over = idle and time.monotonic() - self._idle_since >= engine_of(self._app).settings.lease
             if over:
-                # Nobody can come any more who would rely on it.
+                # Whoever comes now gets another.
                 self._app.__dict__.pop(PLAIN_PRESENCE, None)
         if over:
             atexit.unregister(self.end)
             self.end()
-        return wait
 
     def _sweep(self) -> None:
         self._seen_before, self._seen = self._seen, {}

@@ -79,9 +79,9 @@ local function wake()
       take_out(head, run, 'lost', 'its caller was not heard of', now)
       write_run(run)
       advance(head)
-      write_head(head)
-    else
-      forget(head, run, false)
+      note_sent(head, asked.nonce)
+    elseif not forget(head, run, false) then
+      note_sent(head, asked.nonce)
     end
     return {'dispatched', sent, 'due'}
   end
