@@ -36,12 +36,11 @@ class PlainPresence(ProcessPresence):
         self._seen_before: dict[str, float] = {}
 
     def enter(self) -> None:
-        """Note that the process waits for a lease, or holds one."""
-        with _guard:
-            self._users += 1
+        """Note that code of this process waits for a lease, or holds one. The caller has the guard."""
+        self._users += 1
 
     def leave(self) -> None:
-        """Note that it does no more: once for each :meth:`enter`."""
+        """Note that it does no more."""
         with _guard:
             self._users -= 1
             self._idle_since = time.monotonic()
@@ -110,5 +109,5 @@ def join(app: Celery) -> ProcessPresence:
             presence.begin()
             atexit.register(presence.end)
             app.__dict__[PLAIN_PRESENCE] = presence
-        presence._users += 1
+        presence.enter()
         return presence

@@ -96,10 +96,10 @@ class ProcessPresence:
     # -- what is told to it ------------------------------------------------------------------------------------------
 
     def enter(self) -> None:
-        """Note that the process waits for a lease, or holds one."""
+        """Note that code of this process waits for a lease, or holds one."""
 
     def leave(self) -> None:
-        """Note that it does no more: once for each :meth:`enter`."""
+        """Note that it does no more."""
 
     def noticed_away(self) -> None:
         """Note that the store could not be reached; the heartbeat notices when it is back."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ from celery_coalesce import (
 from tests.support.app import HarnessApp
 from tests.support.holders import Holder
 from tests.support.journal import Journal, assert_no_overlap
-from tests.support.process import HOST, wait_until
+from tests.support.process import HOST, ROOT, wait_until
 from tests.support.proxy import TCPProxy
 from tests.support.servers import ValkeyServer
 from tests.support.traces import traces
@@ -443,6 +445,58 @@ class TestReentrancy:
             threads.submit(enter).result(PATIENCE)
         with hold as second:
             assert second.token > first.token
+
+
+GREEN = """
+import sys
+if sys.argv[1] == "gevent":
+    from gevent import monkey, spawn, joinall
+    monkey.patch_all()
+    run = lambda each: joinall([spawn(each, n) for n in range(20)], raise_error=True)
+else:
+    import eventlet
+    eventlet.monkey_patch()
+    run = lambda each: [thread.wait() for thread in [eventlet.spawn(each, n) for n in range(20)]]
+import time
+from celery_coalesce import Coalescer, HoldTimeout, NotReentrant
+from tests.support.app import make_app
+
+coalescer = Coalescer(make_app(sys.argv[2], sys.argv[2]))
+inside, calls = [], []
+
+def hold(number):
+    with coalescer.hold("k", scope="s", timeout=20) as lease:
+        inside.append(number)
+        time.sleep(0.01)
+        assert inside == [number]
+        inside.clear()
+        lease.check()
+        try:
+            with coalescer.hold("k", scope="s"):
+                raise SystemExit("entered twice")
+        except NotReentrant:
+            pass
+
+def share(number):
+    def fn():
+        calls.append(number)
+        time.sleep(1)
+        return "value"
+    assert coalescer.share("k", fn) == "value"
+
+run(hold)
+run(share)
+assert len(calls) == 1, calls
+print("done")
+"""
+
+
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+def test_greenlets_of_a_patched_process_hold_and_share(library: str, make_app: MakeApp) -> None:
+    """As threads do: they wait for each other, and not for themselves."""
+    command = [sys.executable, "-W", "ignore", "-c", GREEN, library, str(make_app().conf.broker_url)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert done.stdout == "done\n", done.stderr
 
 
 class TestAsync:

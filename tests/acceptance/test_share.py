@@ -50,9 +50,9 @@ def start_holder() -> Iterator[Callable[..., Holder]]:
         yield start
 
 
-def joined(app: HarnessApp, key: str) -> int:
+def joined(app: HarnessApp, key: str, scope: str = SHARE) -> int:
     """Return how many callers wait for another's value."""
-    view = engine_of(app).transitions.show(SHARE, key)
+    view = engine_of(app).transitions.show(scope, key)
     return sum(run["followers"] for run in view.runs) if view is not None else -1
 
 
@@ -204,6 +204,29 @@ def test_a_killed_caller_is_told_to_those_who_joined(
     assert [type(call.exception(PATIENCE)) for call in calls] == [LeaseLost] * 3
     assert time.monotonic() - began < 6
     assert Coalescer(app).share(journal.key(), lambda: "again") == "again"
+    wait_until(lambda: stored(app) == {"meta", "presence"})
+
+
+def test_one_who_gives_up_in_the_line_is_told_to_those_who_joined(
+    make_app: MakeApp, journal: Journal, threads: ThreadPoolExecutor
+) -> None:
+    """Where the key is held by others, in a scope that is shared with them, the first caller waits in line."""
+    app = make_app()
+    coalescer, key = Coalescer(app), journal.key()
+
+    def share(timeout: float) -> Any:
+        return coalescer.share(key, lambda: "value", scope="s", timeout=timeout)
+
+    with coalescer.hold(key, scope="s"):
+        first = threads.submit(share, 1.5)
+        wait_until(lambda: len(coalescer.runs()) == 2)
+        second = threads.submit(share, PATIENCE)
+        wait_until(lambda: joined(app, key, "s") == 1)
+        assert isinstance(first.exception(PATIENCE), HoldTimeout)
+        assert isinstance(second.exception(PATIENCE), LeaseLost)
+        third = threads.submit(share, PATIENCE)
+        wait_until(lambda: len(coalescer.runs()) == 2)
+    assert third.result(PATIENCE) == "value"
     wait_until(lambda: stored(app) == {"meta", "presence"})
 
 
