@@ -193,9 +193,9 @@ class Driver:
         self.store.twice, self.store.checked = kept
 
     @contextmanager
-    def once(self) -> Iterator[None]:
-        """Send every transition once: the answer, repeated, would be another."""
-        twice, self.store.twice = self.store.twice, False
+    def once(self, but: bool = True) -> Iterator[None]:
+        """Send every transition once, where the answer, repeated, would be another."""
+        twice, self.store.twice = self.store.twice, self.store.twice and not but
         yield
         self.store.twice = twice
 

@@ -10,7 +10,6 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,13 +88,6 @@ class Interleavings(RuleBasedStateMachine):
         for owner in OWNERS:
             self.drive.engine.heartbeat(owner)
 
-    @contextmanager
-    def once(self, but: bool = True) -> Iterator[None]:
-        """Do not repeat what may be answered otherwise: it tells a time, or what is found only once."""
-        twice, self.drive.store.twice = self.drive.store.twice, self.drive.store.twice and not but
-        yield
-        self.drive.store.twice = twice
-
     # Producers
 
     @rule(
@@ -114,7 +106,7 @@ class Interleavings(RuleBasedStateMachine):
         if mode == "queue":
             options["max_queued"] = many
         given: dict[str, Any] = {"delay": delay, "follower": b"%d" % number if follower else b""}
-        with self.once(delay is not None):
+        with self.drive.once(delay is not None):
             accepted = self.drive.trigger(number, key=key, given=given, **options)
         assert isinstance(accepted, Accepted)
         if accepted.disposition is Disposition.SKIPPED:
@@ -135,7 +127,7 @@ class Interleavings(RuleBasedStateMachine):
         if fate == "published":
             self.send(envelope)
         elif fate == "failed":
-            with self.once():
+            with self.drive.once():
                 back = self.drive.engine.rollback(envelope.state, envelope.run, envelope.task_id)
             if envelope.run not in self.runs(key):
                 self.expected.pop(envelope.run)
@@ -211,7 +203,7 @@ class Interleavings(RuleBasedStateMachine):
         if how == "finish" or lease.answer != Answer.RUNNING:
             self.finish(lease)
         elif how == "requeue":
-            with self.once():
+            with self.drive.once():
                 assert self.drive.engine.requeue(lease) is not None
             self.broker.append(held.message)
             self.stale.append(lease)
@@ -219,7 +211,7 @@ class Interleavings(RuleBasedStateMachine):
             value = held.message.value if not lease.args else json.loads(lease.args)
             delay = 3 if how == "later" else None
             blob = json.dumps(value).encode()
-            with self.once(delay is not None):
+            with self.drive.once(delay is not None):
                 sent = self.drive.engine.retry(lease, lease.task, blob, b"", delay=delay)
             assert sent is not None
             for envelope in sent:
@@ -288,7 +280,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def wake(self, ref: str, dies: bool = False) -> None:
         self.client.zadd(self.drive.names.timers, {ref: self.drive.clock() - 1}, xx=True)
-        with self.once():
+        with self.drive.once():
             woken = self.drive.engine.wake(ref)
         if dies:
             return
@@ -299,7 +291,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), task=st.sampled_from([None, "one"]), dies=st.booleans())
     def clear(self, key: str, task: str | None, dies: bool) -> None:
-        with self.once():
+        with self.drive.once():
             reply = self.drive.engine.clear("shared", key, task)
         for run in [each for each in self.runs(key).values() if each.get("state") == "cleared"]:
             gone = self.expected.pop(run["id"], None)
@@ -315,7 +307,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_stale_token_is_refused(self, data: Any) -> None:
         lease = data.draw(st.sampled_from(self.stale))
-        with self.once():
+        with self.drive.once():
             before = self.drive.snapshot()
             assert not self.drive.engine.check(lease, returned=True)
             assert self.drive.engine.requeue(lease) is None

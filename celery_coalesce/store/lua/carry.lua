@@ -32,7 +32,7 @@ local function carry()
   if head.lone[run.task] == old.id then head.lone[run.task] = run.id end
   write_run(run)
   -- In the old one's place, by its acceptance.
-  redis.call('ZADD', wait, run.seq, run.id)
+  wait_in_turn(run)
   forget(head, old, false)
   note_sent(head, asked.nonce)
   return {'dispatched', sent}

@@ -13,9 +13,7 @@ local function retry()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run or run.state ~= 'running' or run.token ~= asked.token then
-    if run and run.retried == asked.token and (run.state == 'retrying' or run.state == 'pending') then
-      return {'retrying', sent_by(head, asked.token) or {}}
-    end
+    if run and run.retried == asked.token then return {'retrying', sent_by(head, asked.token) or {}} end
     return {'lost'}
   end
   run.due = asked.delay and now + asked.delay or asked.due or now
@@ -38,9 +36,13 @@ local function retry()
       head.open[run.task] = open
     end
   end
-  local delay = schedule(run, run.due)
+  if run.state == 'pending' and run.due <= now then
+    wait_in_turn(run)
+  else
+    local delay = schedule(run, run.due)
+    if delay >= 0 then send(envelope(run, delay)) end
+  end
   write_run(run)
-  if delay >= 0 then send(envelope(run, delay)) end
   if run.state == 'pending' then advance(head) end
   note_sent(head, asked.token)
   redis.call('SREM', KEYS[11], ref(run))

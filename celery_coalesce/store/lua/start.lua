@@ -2,7 +2,7 @@
 --
 -- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
 --   held
--- ARGV: asked (JSON: state, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch, soon)
+-- ARGV: asked (JSON: state, nonce, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch, soon)
 -- Returns: running | expired | revoked | skipped, token, session, index, triggers, store, expiry in ms, key, scope,
 --   mode (skip if its task is ever called so), changed args, labels, task id of the run that was done once, what is to
 --   be sent; or early, ms; carry, call; stop, process and task id and run of each that is to stop, what is to be sent;
@@ -69,8 +69,9 @@ local function start()
     local first = is_first(run)
     local answer = first and take_slots(head, run)
     if answer ~= true then
-      redis.call('ZADD', wait, run.seq, run.id)
-      if answer and answer > now then return not_before(run, answer) end
+      wait_in_turn(run)
+      local asked_again = run.stopped == asked.nonce
+      if answer and answer > now and not asked_again then return not_before(run, answer) end
       if answer then return stop(head, run) end
       clear_timer(run)
       write_run(run)

@@ -33,7 +33,7 @@ end
 
 -- A waiting run comes to the front, or stays where it is.
 local function look(head, run)
-  redis.call('ZADD', wait, run.seq, run.id)
+  wait_in_turn(run)
   run.message_at, run.unsent, run.unpublished = nil, nil, nil
   clear_timer(run)
   write_run(run)

@@ -19,7 +19,7 @@ local function repeated(head)
       elseif disposition == 'queued' and run.message_at then
         delay = math.max(run.message_at - now, 0)
       end
-      if run.pulled == asked.nonce then send(envelope(run, math.max((run.message_at or now) - now, 0))) end
+      sent_by(head, asked.nonce)
       return reply(disposition, run, delay)
     end
   end
@@ -100,7 +100,7 @@ local function place(head, run)
     return 0
   end
   run.state = 'pending'
-  redis.call('ZADD', wait, run.seq, run.id)
+  wait_in_turn(run)
   return look_again(run, answer)
 end
 
@@ -198,7 +198,6 @@ local function merge(head, run)
     local delay = place(head, run)
     if delay >= 0 and not (message_out and run.state == 'dispatched') then
       send(envelope(run, delay))
-      run.pulled = asked.nonce
     end
   end
   follow(run)
@@ -207,6 +206,7 @@ local function merge(head, run)
     -- Others may go where it stood, or it where others do.
     advance(head)
     run = read_run(run.id)
+    if #sent > 0 then note_sent(head, asked.nonce) end
   end
   remember(head, 'coalesced', run)
   return reply('coalesced', run, -1, replaced)

@@ -130,7 +130,7 @@ local function stops_at(head, run)
   if not run.stop_at then return nil end
   for run_id in pairs(head.active) do
     local other = read_run(run_id)
-    if other and other.task == run.task and other.state ~= 'dispatched' then return run.stop_at end
+    if other and other.task == run.task then return run.stop_at end
   end
   return nil
 end
@@ -155,6 +155,18 @@ end
 local function is_first(run)
   local first = redis.call('ZRANGE', wait, 0, 0, 'WITHSCORES')
   return not first[2] or tonumber(first[2]) >= tonumber(run.seq)
+end
+
+-- due -> waiting, by its acceptance. Whoever was the first of the key, and is not any more, stands in no line.
+local function wait_in_turn(run)
+  local first = redis.call('ZRANGE', wait, 0, 0)[1]
+  redis.call('ZADD', wait, run.seq, run.id)
+  if not first or first == run.id or redis.call('ZRANGE', wait, 0, 0)[1] ~= run.id then return end
+  local passed = read_run(first)
+  if passed then
+    leave_lines(passed)
+    write_run(passed)
+  end
 end
 
 -- (holds its slots) -> dispatched. The caller writes head and run, and somebody publishes the envelope.

@@ -16,7 +16,7 @@ local function stop(head, run)
     end
   end
   -- Whoever does not hear of it is told again.
-  run.stop_at = now + asked.lease
+  run.stop_at, run.stopped = now + asked.lease, asked.nonce
   write_run(run)
   advance(head)
   write_head(head)

@@ -1,0 +1,1 @@
+"""The record against a model of what it promises."""
