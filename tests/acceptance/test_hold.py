@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,6 +26,10 @@ from celery_coalesce import (
     NotReentrant,
     StoreUnavailable,
 )
+from celery_coalesce.engine import engine_of
+from celery_coalesce.keys import state_id
+from celery_coalesce.records import Envelope
+from celery_coalesce.signals import coalesce_drain
 from tests.support.app import HarnessApp
 from tests.support.holders import Holder
 from tests.support.journal import Journal, assert_no_overlap
@@ -206,8 +211,6 @@ class TestTheLine:
         journal.wait("start", timeout=PATIENCE)
         held = threads.submit(hold)
         wait_until(lambda: waiting(app, key) == 2)
-        from celery_coalesce.engine import engine_of  # what `clear_key` of all tasks would do
-
         assert engine_of(app).transitions.clear("serialize", key).count == 1
         journal.open("g")
         assert held.result(PATIENCE) > journal.events("start")[0]["coalesce_token"]
@@ -300,6 +303,32 @@ class TestTheEnd:
             with direct.hold(journal.key(), scope="s", timeout=PATIENCE):
                 assert time.monotonic() - began < 10
 
+    @pytest.mark.parametrize("timeout", [0, PATIENCE])
+    def test_a_lease_whose_answer_was_lost_is_found_again(
+        self, timeout: float, make_app: MakeApp, journal: Journal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where there is time it is had; where there is none it is given back, and not kept by nobody."""
+        coalescer = Coalescer(make_app())
+        transitions = engine_of(coalescer.app).transitions
+        start, lost = transitions.start, []
+
+        def losing(*args: Any, **options: Any) -> Any:
+            started = start(*args, **options)
+            if not lost:
+                lost.append(started.lease)
+                raise StoreUnavailable("the answer was lost")
+            return started
+
+        monkeypatch.setattr(transitions, "start", losing)
+        hold = coalescer.hold(journal.key(), scope="s", timeout=timeout)
+        if timeout:
+            with hold as lease:
+                assert lease.token == int(lost[0].token)
+        else:
+            with pytest.raises(StoreUnavailable), hold:
+                pass
+        assert waiting(coalescer.app, journal.key()) == 0
+
     def test_a_killed_holder_frees_the_key_one_lease_later(
         self, make_app: MakeApp, journal: Journal, start_holder: Callable[..., Holder]
     ) -> None:
@@ -382,6 +411,49 @@ class TestThePresence:
         wait_until(lambda: stored(app) == {"meta"})
         with coalescer.hold(journal.key(), scope="s") as lease:
             lease.check()
+
+    def test_what_a_dead_worker_left_is_moved_on_where_no_other_worker_comes(
+        self, make_app: MakeApp, journal: Journal
+    ) -> None:
+        """Workers go first, who have the receivers and the monitors; then whoever waits does what they would."""
+        app = make_app(conf=SHORT)
+        queue, key = app.tasks["queue"], journal.key()
+        result = queue.delay(key, 1)
+        transitions = engine_of(app).transitions
+        state = state_id("queue", key)
+        envelope = Envelope(state, str(result.run_id), result.id, "queue", 0, 0, 0, b"", b"")
+        began = time.monotonic()
+        started = transitions.start(envelope, owner="dead@worker/1/0", claim="c", late=False, revoked=False)
+        assert started.lease is not None
+        with Coalescer(app).hold(key, scope=queue, timeout=PATIENCE) as lease:
+            assert lease.token > int(started.lease.token)
+            # The lease, until then a worker's, and a heartbeat and a second more.
+            assert 2.2 < time.monotonic() - began < 6
+        with pytest.raises(LeaseLost):
+            result.get(timeout=PATIENCE)
+
+    def test_drains_are_left_to_those_who_listen(self, make_app: MakeApp, journal: Journal) -> None:
+        """A process without receivers, which sweeps meanwhile, does not take them from a worker's."""
+        app = make_app(conf=SHORT)
+        coalescer = Coalescer(app)
+        with coalescer.hold(journal.key(), scope="queue"):
+            pass
+        with coalescer.hold(journal.key("other"), scope="s", timeout=0):
+            overdue: Future[Any] = Future()
+            with pytest.raises(NotYet):
+                overdue.result(4)
+            assert len(engine_of(app).transitions.overdue().drains) == 1
+
+        def announced(meta: Any = None, **_: Any) -> None:
+            overdue.set_result(meta)
+
+        coalesce_drain.connect(announced)
+        try:
+            with coalescer.hold(journal.key("other"), scope="s"):
+                meta: Any = overdue.result(PATIENCE)
+        finally:
+            coalesce_drain.disconnect(announced)
+        assert (meta.key, meta.name) == (journal.key(), "celery_coalesce.hold")
 
     def test_a_fork_within_a_hold_holds_nothing(
         self, make_app: MakeApp, journal: Journal, start_holder: Callable[..., Holder]
