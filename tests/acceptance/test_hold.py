@@ -25,9 +25,11 @@ from celery_coalesce import (
     LeaseLost,
     NotReentrant,
     StoreUnavailable,
+    holding,
 )
 from celery_coalesce.engine import engine_of
 from celery_coalesce.keys import state_id
+from celery_coalesce.places import Place
 from celery_coalesce.records import Envelope
 from celery_coalesce.signals import coalesce_drain
 from tests.support.app import HarnessApp
@@ -640,23 +642,23 @@ class TestAsync:
         asyncio.run(main())
         wait_until(lambda: waiting(coalescer.app, key) == 0)
 
+    @pytest.mark.parametrize("where", [(holding._Entry, "acquire"), (Place, "wait")])
     def test_a_lease_that_comes_after_the_cancellation_is_given_back(
-        self, make_app: MakeApp, journal: Journal, monkeypatch: pytest.MonkeyPatch
+        self, where: tuple[Any, str], make_app: MakeApp, journal: Journal, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whichever of the two threads comes first."""
-        from celery_coalesce import holding
-
+        """Whether it was there before, and its thread had not told, or comes only then."""
         coalescer, key = Coalescer(make_app()), journal.key()
-        entries: list[Any] = []
-        acquire = holding._Entry.acquire
+        has_lease: list[Any] = []
+        real = getattr(*where)
 
-        def late(self: Any) -> None:
-            acquire(self)
-            entries.append(self)
+        def late(self: Any) -> Any:
+            value = real(self)
+            has_lease.append(self)
             cancelled.wait(PATIENCE)
+            return value
 
         cancelled = threading.Event()
-        monkeypatch.setattr(holding._Entry, "acquire", late)
+        monkeypatch.setattr(*where, late)
 
         async def main() -> None:
             async def hold() -> None:
@@ -664,7 +666,7 @@ class TestAsync:
                     raise AssertionError("entered")
 
             waiter = asyncio.create_task(hold())
-            while not entries:
+            while not has_lease:
                 await asyncio.sleep(0.01)
             waiter.cancel()
             with pytest.raises(asyncio.CancelledError):
