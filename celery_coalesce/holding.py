@@ -203,7 +203,8 @@ class _Entry:
 
     def acquire(self) -> None:
         presence = join(self._app)
-        place = Place(self._engine, presence, self._policy, self._key, self._timeout, self._given_up)
+        timeout, given_up = self._timeout, self._given_up
+        place = Place(self._engine, presence, self._policy, self._key, timeout=timeout, given_up=given_up)
         lease: Lease | None = None
         try:
             while lease is None:

@@ -73,12 +73,13 @@ class Place:
         given_up: Set by who wants the waiting to end.
     """
 
-    def __init__(  # noqa: PLR0917 - made in two places, with all of them
+    def __init__(
         self,
         engine: Engine,
         presence: ProcessPresence,
         policy: Policy,
         key: str,
+        *,
         timeout: float | None,
         given_up: threading.Event | None = None,
     ) -> None:

@@ -35,11 +35,12 @@ def share(app: Celery, scope: str, key: str, fn: Callable[[], Value], timeout: f
     engine, presence = engine_of(app), join(app)
     lease: Lease | None = None
     try:
-        place = Place(engine, presence, plain_policy(engine, SHARE, scope, Mode.SKIP), key, timeout)
+        place = Place(engine, presence, plain_policy(engine, SHARE, scope, Mode.SKIP), key, timeout=timeout)
         while lease is None:
             call = uuid4().hex
             if place.take(caller(app, call, timeout)) is Disposition.SKIPPED:
-                return _joined(engine, place, call)  # type: ignore[no-any-return]
+                shared: Value = _joined(engine, place, call)
+                return shared
             lease = place.wait()
     finally:
         if lease is None:

@@ -132,7 +132,7 @@ class TestTheLine:
         for each in holds:
             each.result(PATIENCE)
         assert order == list(range(10))
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 3
 
     def test_it_excludes_the_tasks_of_its_key(self, app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
         """What is called meanwhile is the one follow-up, and starts when the block is left."""
@@ -228,7 +228,7 @@ class TestTheTimeout:
         began = time.monotonic()
         with pytest.raises(HoldTimeout) as raised, Coalescer(app).hold(key, scope=queue, timeout=0.5):
             pass
-        assert 0.5 <= time.monotonic() - began < 1.5
+        assert 0.5 <= time.monotonic() - began < 3
         assert (raised.value.key, raised.value.timeout) == (key, 0.5)
         assert isinstance(raised.value, TimeoutError)
         assert waiting(app, key) == 1

@@ -182,7 +182,7 @@ def test_who_waits_too_long_gets_a_timeout_and_the_others_the_value(
     began = time.monotonic()
     with pytest.raises(HoldTimeout):
         Coalescer(app).share(journal.key(), source, timeout=0.5)
-    assert 0.5 <= time.monotonic() - began < 1.5
+    assert 0.5 <= time.monotonic() - began < 3
     source.gate.set()
     assert first.result(PATIENCE) == patient.result(PATIENCE) == "late"
     assert source.calls == 1

@@ -249,7 +249,7 @@ def test_am_10_plain_code_holds_the_key_as_a_run_does(
     began = time.monotonic()
     with pytest.raises(HoldTimeout), coalescer.hold(key, scope=serialize, timeout=5):
         pass
-    assert 5 <= time.monotonic() - began < 6
+    assert 5 <= time.monotonic() - began < 8
     journal.open("g", 2)
     with coalescer.hold(key, scope=serialize, timeout=PATIENCE) as lease:
         assert [event["task_id"] for event in journal.events("end")] == [first.id, second.id]
@@ -273,7 +273,7 @@ def test_am_10_plain_code_holds_the_key_as_a_run_does(
         holder.kill()
         began = time.monotonic()
         assert last.get(timeout=PATIENCE) == 5
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 8
     journal.wait("coalesce_drain", timeout=PATIENCE)
     assert_no_overlap(journal.events())
     wait_until(lambda: traces(app, "serialize", key) == [], PATIENCE)
