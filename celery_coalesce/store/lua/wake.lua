@@ -58,6 +58,7 @@ local function wake()
     return {'gone'}
   end
   if run.state == 'cleared' then
+    if sent_by(head, asked.nonce) then return {'dispatched', sent, 'due'} end
     run.token = mint()
     set_timer(run, now + asked.lease)
     write_run(run)
