@@ -30,6 +30,7 @@ from .errors import (
     UnknownStep,
 )
 from .options import Constraint
+from .planning import PlannedRun
 from .records import ConstraintView, RunMeta, RunView, TaskHistory, TriggerMeta
 from .result import CoalescedResult
 from .states import Disposition, Outcome
@@ -49,6 +50,7 @@ __all__ = [
     "NotReentrant",
     "OptionError",
     "Outcome",
+    "PlannedRun",
     "PredecessorFailed",
     "QueueFull",
     "RunMeta",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .dispatch import publish_all
 from .engine import engine_of
 from .errors import InvalidKey
 from .holding import Hold, checked_timeout, scope_of
 from .plain import HOLD, SHARE
+from .planning import PlannedRun, planned_runs
 from .records import ConstraintView, RunView, TaskHistory
 from .sharing import share
 
@@ -83,6 +84,24 @@ class Coalescer:
             StoreUnavailable: The state server can not be reached.
         """
         return engine_of(self.app).transitions.history(task)
+
+    def planned(self, limit: int = 10, schedule: Mapping[str, Any] | None = None) -> list[PlannedRun]:
+        """Return the next planned runs of coalesced tasks that beat calls, soonest first.
+
+        Needs no state server. Entries of tasks that this process does not know, or that do not coalesce, are left out;
+        one whose key can not be made is listed with its ``problem``.
+
+        Args:
+            limit: How many to return at most.
+            schedule: Schedule entries by name, where they are not those of ``beat_schedule``: of another scheduler, its
+                ``schedule``.
+
+        Raises:
+            ValueError: ``limit`` is no whole number from 0 on.
+
+        .. versionadded:: 0.1
+        """
+        return planned_runs(self.app, limit, schedule=schedule)
 
     # -- setting -----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Ignore
 
+from . import signals
 from .errors import LeaseLost, StoreUnavailable
+from .progress import PROGRESS, Progress
 from .records import Lease, RunMeta
+from .setups import value_of
+from .signals import EventBus
 from .states import Mode
 
 if TYPE_CHECKING:
-    from .signals import EventBus
+    from celery.app.task import Context
+
+    from .policy import Policy
     from .transitions import Transitions
 
 __all__ = ["ATTRIBUTE", "InlineRun", "NextAttempt", "Run"]
+
+logger = logging.getLogger("celery_coalesce")
 
 #: Where a request keeps its run.
 ATTRIBUTE = "coalesce_run"
@@ -38,14 +47,26 @@ class NextAttempt:
 
 
 class InlineRun:
-    """``self.coalesce`` of a body that was called directly or eagerly: no lease, nothing to lose.
+    """``self.coalesce`` of a body that was called directly or eagerly, or is exempt: no lease, nothing to lose.
+
+    Args:
+        meta: The run's metadata.
+        task: Its task.
+        request: Its request.
 
     Attributes:
         meta: The run's metadata.
     """
 
-    def __init__(self, meta: RunMeta) -> None:
+    def __init__(self, meta: RunMeta, task: Any, request: Context) -> None:
         self.meta = meta
+        self.bus = EventBus(task.app, enabled=False)
+        #: ``coalesce_should_run`` had the body left out.
+        self.skipped = False
+        self._task = task
+        self._policy: Policy = task.coalesce_policy
+        self._request = request
+        self._in_body = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "meta":
@@ -60,6 +81,115 @@ class InlineRun:
     def check(self) -> None:
         """Do nothing: there is no lease."""
 
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    @property
+    def setup(self) -> Any:
+        """What ``coalesce_setup`` returned in this process; ``None`` without that option.
+
+        It is called once per process (a child of the prefork pool, or the worker itself), before the first run of any
+        task that names it. A run that finds it raising fails, and the next one tries again.
+
+        .. versionadded:: 0.1
+        """
+        if self._policy.setup is None:
+            return None
+        try:
+            return value_of(self._policy.setup)
+        except AttributeError as error:
+            # From a property Python would take it for the attribute's own absence, and ask __getattr__.
+            raise RuntimeError(f"{self._policy.task}: coalesce_setup raised {error!r}") from error
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self, name: str) -> None:
+        """Say which of the task's ``coalesce_steps`` begins now.
+
+        While the run is in a step its result has the state ``PROGRESS``, unless results are ignored, and ``step``,
+        ``progress`` (per cent), ``done`` and ``left`` (names of steps) as its ``info``. The signal ``coalesce_step``
+        and the event ``coalesce-step`` tell the same, and once more, with 100 per cent and no step, when the run has
+        succeeded. The steps before the active one count whole, the active one half. Costs a round trip to the state
+        server and one to the result backend; where the state server is away, the step goes unreported. A call that
+        joined the run under a task id of its own has no progress; its result's ``run_task_id`` has.
+
+        Args:
+            name: The step.
+
+        Raises:
+            UnknownStep: The task declares no such step.
+            LeaseLost: The run has lost its lease; nothing was stored or sent.
+
+        .. versionadded:: 0.1
+        """
+        progress = Progress.at(self._policy.task, self._policy.steps, name)
+        if not self._may_tell():
+            return
+        request = self._request
+        if self._stored(request):
+            self._task.backend.store_result(request.id, progress.as_dict(), PROGRESS, request=request)
+        self._tell(progress)
+
+    def complete_steps(self) -> None:
+        """Tell that all steps are done, if the task has any."""
+        if self._policy.steps:
+            self._tell(Progress.complete(self._policy.steps))
+
+    def _may_tell(self) -> bool:
+        return True
+
+    def _stored(self, request: Context) -> bool:
+        """Return whether Celery stores results of this run while it goes on."""
+        if request.called_directly or request.ignore_result:
+            return False
+        return not request.is_eager or bool(self._task.app.conf.task_store_eager_result)
+
+    def _tell(self, progress: Progress) -> None:
+        fields = progress.as_dict()
+        signals.emit(signals.coalesce_step, self._task, self.bus, self.meta, shown=fields, **fields)
+
+    # -- the body ----------------------------------------------------------------------------------------------------
+
+    def execute(
+        self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool = False
+    ) -> Any:
+        """Run the body as the task's policies have it.
+
+        Args:
+            body: What to run.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            calls_on: Whether callbacks, a chain or a chord follow.
+        """
+        if self._in_body:
+            # The body has called itself, as a function.
+            return body(*args, **kwargs)
+        self._in_body = True
+        try:
+            value = self._attempt(body, args, kwargs)
+        finally:
+            self._in_body = False
+        if not self.skipped:
+            self.complete_steps()
+        return value
+
+    def _attempt(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Set the process up, ask whether the body shall run, and run it."""
+        if self._policy.setup is not None:
+            value_of(self._policy.setup)
+        if not self._should_run(args, kwargs):
+            self.skipped = True
+            return None
+        return body(*args, **kwargs)
+
+    def _should_run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        # A call without a key is exempt: a plain Celery call.
+        if self._policy.should_run is None or not self.meta.key:
+            return True
+        # Bound first, so that the task's defaults count even where the function has none.
+        parameters = self._policy.parameters
+        args, kwargs = parameters.unbind(parameters.bind(args, kwargs))
+        return bool(self._policy.should_run(*args, **kwargs))
+
 
 class Run(InlineRun):
     """``self.coalesce`` of a body that a worker runs. Has every field of :class:`~celery_coalesce.RunMeta`.
@@ -68,10 +198,11 @@ class Run(InlineRun):
         transitions: The engine.
         lease: The run's lease.
         bus: Where its events go.
+        task: Its task.
     """
 
-    def __init__(self, transitions: Transitions, lease: Lease, bus: EventBus) -> None:
-        super().__init__(RunMeta.of(lease))
+    def __init__(self, transitions: Transitions, lease: Lease, bus: EventBus, task: Any) -> None:
+        super().__init__(RunMeta.of(lease), task, task.request)
         self.lease = lease
         self.bus = bus
         self.transitions = transitions
@@ -82,7 +213,6 @@ class Run(InlineRun):
         #: Followers that were handed on to a replacement, and are not this attempt's to tell.
         self.handed_on: int | None = None
         self.traceback: str | None = None
-        self._in_body = False
 
     def check(self) -> None:
         """Ask whether this run still has its lease.
@@ -120,8 +250,25 @@ class Run(InlineRun):
             self.check()
         return bool(answer)
 
-    def execute(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool) -> Any:
-        """Run the body, and look at the lease before anything that follows from it.
+    def _may_tell(self) -> bool:
+        """Return whether a step may be reported: not in the key's name once that has gone on."""
+        try:
+            self.check()
+        except StoreUnavailable as error:
+            logger.warning(
+                "A step of run %s of %s goes unreported: %s",
+                self.lease.run,
+                self.lease.task,
+                error,
+                extra={"action": "step_unreported", "run_id": self.lease.run, "task_id": self.lease.task_id},
+            )
+            return False
+        return True
+
+    def execute(
+        self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool = False
+    ) -> Any:
+        """Run the body as the task's policies have it, and look at the lease before anything that follows from it.
 
         Args:
             body: What to run.
@@ -137,7 +284,7 @@ class Run(InlineRun):
             return body(*args, **kwargs)
         self._in_body = True
         try:
-            value = body(*args, **kwargs)
+            value = self._attempt(body, args, kwargs)
         except Exception as error:
             self._returned(calls_on)
             if self.lost:

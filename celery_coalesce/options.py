@@ -130,7 +130,7 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         'use coalesce_limit=1, or coalesce="queue"',
     ),
     *_merging("coalesce_max_queued"),
-    *_merging("coalesce_overflow"),
+    *_merging(_REJECT),
     *_merging("coalesce_args"),
     *_merging("coalesce_delay"),
     *_merging("coalesce_max_delay"),
@@ -158,6 +158,12 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         _REJECT,
         'contradicts coalesce_overflow="reject", which merges nothing',
         'use coalesce_overflow="merge", or coalesce_on_retry="hold"',
+    ),
+    Contradiction(
+        _MERGE_RETRY,
+        "coalesce_constraints",
+        "contradicts coalesce_constraints: the run keeps the slots of its own arguments, and would get those of others",
+        'use coalesce_on_retry="hold" or "release"',
     ),
     Contradiction(
         "coalesce_limit",

@@ -26,6 +26,7 @@ from .dispatch import publish_all
 from .endings import Ending, announce_end, announce_outcome, end_run, policy_of
 from .engine import Engine, engine_of
 from .errors import StoreUnavailable, Superseded
+from .progress import PROGRESS
 from .records import Lease
 from .signals import MOST_SHOWN, EventBus
 from .states import Outcome
@@ -43,6 +44,9 @@ REPORT_AGAIN = 1.0
 #: Named by Celery's tracer (celery.app.trace, 5.5-5.7), but in no public set.
 IGNORED, REJECTED = states.IGNORED, states.REJECTED
 
+#: How a run ends without having succeeded or failed.
+UNANNOUNCED = (Outcome.SKIPPED, Outcome.REVOKED)
+
 
 def _run_of(task: Any) -> Run | None:
     run = task.request.__dict__.get(ATTRIBUTE)
@@ -58,15 +62,16 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
         return
     app = task.app
     bus = EventBus(app, lease.monitored, lease.hostname)
-    run = Run(engine_of(app).transitions, lease, bus)
+    run = Run(engine_of(app).transitions, lease, bus, task)
     request.__dict__[ATTRIBUTE] = run
     signals.emit(signals.coalesce_start, task, bus, run.meta)
 
 
 def on_success(sender: Any, result: Any = None, **_: Any) -> None:
-    """Announce a success."""
+    """Announce a success, and before it that all steps are done."""
     run = _run_of(sender)
-    if run is not None and not run.lost and run.next_attempt is None:
+    if run is not None and not (run.lost or run.skipped) and run.next_attempt is None:
+        run.complete_steps()
         signals.emit(signals.coalesce_success, sender, run.bus, run.meta, result=result)
 
 
@@ -101,8 +106,8 @@ def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = N
         return
     ending = _ending(task, run, retval, state)
     if ending is not None:
-        if state in (states.RETRY, REJECTED):
-            # No failure to Celery's signals: this is the first that anybody hears of it.
+        if state in (states.RETRY, REJECTED) or (ending.outcome in UNANNOUNCED and run.handed_on is None):
+            # Neither success nor failure to Celery's signals: this is the first that anybody hears of it.
             announce_outcome(task.app, run.lease, ending, run.bus)
         _report(partial(_end, task, run, ending))
 
@@ -110,7 +115,7 @@ def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = N
 def _ending(task: Any, run: Run, retval: Any, state: str | None) -> Ending | None:
     """Return how the attempt ended, ``None`` if it is the parent's to say."""
     if state == states.SUCCESS:
-        return Ending(Outcome.SUCCEEDED, value=retval)
+        return Ending(Outcome.SKIPPED if run.skipped else Outcome.SUCCEEDED, value=retval)
     if state == states.FAILURE:
         return Ending.failed(retval, run.traceback)
     if state == states.RETRY:
@@ -146,12 +151,13 @@ def _is_pool_child(lease: Lease) -> bool:
 def _complete_ignored(task: Any, run: Run) -> None:
     """Give a bare ``Ignore`` a result, so that nobody waits for ever.
 
-    A state that the body itself has stored is left alone.
+    A state that the body itself has stored is left alone, but for that of a step.
     """
     request = task.request
     try:
         status = task.backend.get_task_meta(request.id).get("status") if not request.ignore_result else None
-        if status in (states.PENDING, states.STARTED, states.RECEIVED, states.RETRY, None):
+        ours = (PROGRESS,) if task.coalesce_policy.steps else ()
+        if status in (states.PENDING, states.STARTED, states.RECEIVED, states.RETRY, None, *ours):
             task.backend.mark_as_done(request.id, None, request=request, store_result=status is not None)
     except Exception:
         logger.exception(
@@ -165,8 +171,6 @@ def _complete_ignored(task: Any, run: Run) -> None:
 
 
 def _end(task: Any, run: Run, ending: Ending) -> None:
-    if ending.outcome in (Outcome.SKIPPED, Outcome.REVOKED) and run.handed_on is None:
-        announce_outcome(task.app, run.lease, ending, run.bus)
     if not end_run(engine_of(task.app), run.lease, ending, run.bus, told=run.handed_on or 0):
         run.lost = True
 

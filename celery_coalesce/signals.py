@@ -4,7 +4,7 @@ A signal is sent in the process where the thing happens, with ``sender`` the tas
 The same goes out as ``coalesce-start`` and so on wherever task events are on (a worker's ``-E``, a producer's
 ``task_send_sent_event``), for Flower, ``celery events`` and any ``EventReceiver``.
 
-Per session: start, (success | error), [start ...], drain.
+Per session: start, (success | error), [start ...], drain. A run with steps tells them in between.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "coalesce_lost",
     "coalesce_skip",
     "coalesce_start",
+    "coalesce_step",
     "coalesce_success",
     "coalesce_trigger",
     "emit",
@@ -52,7 +53,12 @@ coalesce_success = Signal(name="coalesce_success", providing_args={"meta", "resu
 #: A run has failed, or its process died; ``exception`` says why.
 coalesce_error = Signal(name="coalesce_error", providing_args={"meta", "exception"})
 
-#: A run has ended without having done anything: its body raised ``Ignore``, or it was revoked or expired (``outcome``).
+#: A run begins a step (``step``), or has succeeded with all of them (``None``). ``progress`` is per cent, ``done`` and
+#: ``left`` are the names of the steps before and after. In the process that runs it.
+coalesce_step = Signal(name="coalesce_step", providing_args={"meta", "step", "progress", "done", "left"})
+
+#: A run has ended without having done anything: ``coalesce_should_run`` said no, its body raised ``Ignore``, or it was
+#: revoked or expired (``outcome``).
 coalesce_skip = Signal(name="coalesce_skip", providing_args={"meta", "outcome"})
 
 #: A session is over: nothing runs, nothing waits.

@@ -18,7 +18,7 @@ from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all
 from .endings import tell_cleared
 from .engine import engine_of
-from .errors import CoalesceError, OptionError, StoreUnavailable
+from .errors import CoalesceError, InvalidKey, OptionError, StoreUnavailable
 from .install import install
 from .keys import state_id
 from .policy import Policy
@@ -40,15 +40,26 @@ def _guarded(call: Callable[..., Any]) -> Callable[..., Any]:
     """Return a ``__call__`` that looks at the run's lease once the body has returned."""
 
     def guard(self: CoalescedTask, *args: Any, **kwargs: Any) -> Any:
-        run = self.request.__dict__.get(ATTRIBUTE)
-        if run is None or self.request.called_directly:
-            return call(self, *args, **kwargs)
         request = self.request
+        run = request.__dict__.get(ATTRIBUTE)
+        if run is None and request.is_eager:
+            run = self._eager_run(request)
+        if run is None or request.called_directly:
+            return call(self, *args, **kwargs)
         calls_on = bool(request.callbacks or request.errbacks or request.chain or request.chord)
         return run.execute(partial(call, self), args, kwargs, calls_on)
 
     guard.__coalesce_guard__ = True  # type: ignore[attr-defined]
     return guard
+
+
+def _as_celery_calls(self: CoalescedTask, *args: Any, **kwargs: Any) -> Any:
+    """Call the body as Celery does.
+
+    Looked up when it is called: in a worker Celery puts another ``Task.__call__`` in the place of its own, which runs the
+    body in the request that is there, and not in a copy (_install_stack_protection, celery.app.trace, 5.5-5.7).
+    """
+    return Task.__call__(self, *args, **kwargs)
 
 
 class CoalescedTask(Task):
@@ -66,11 +77,23 @@ class CoalescedTask(Task):
             the
             key, or ``None`` for a call that is exempt. Unset: the whole task is one key.
         coalesce_scope: What keys are unique in; the task's name unless tasks share one.
-        coalesce: ``"queue"``, ``"skip"`` or ``"serialize"``. In a body, ``self.coalesce`` is the run.
-        coalesce_max_queued: How many runs of a key may wait (``queue``).
+        coalesce: ``"queue"``, ``"skip"``, ``"serialize"`` or ``"replace"``. In a body, ``self.coalesce`` is the run.
+        coalesce_max_queued: How many runs of a key may wait.
         coalesce_overflow: ``"merge"`` into the last of these, or ``"reject"``.
         coalesce_args: ``"latest"``, ``"first"`` or ``merge(earlier, later)`` over bound arguments.
         coalesce_limit: How many runs of a key may go on at once.
+        coalesce_delay: Debounce: seconds of quiet before a run starts.
+        coalesce_max_delay: Seconds from its first trigger after which it starts at the latest.
+        coalesce_cooldown: Least seconds from the end of a run to the start of the key's next.
+        coalesce_constraints: A :class:`~celery_coalesce.Constraint`, or a list of them.
+        coalesce_once: For how many seconds a success counts for further triggers; ``True``: until it is cleared.
+        coalesce_should_run: A function with the task's own signature, asked right before the body.
+        coalesce_on_error: ``"continue"`` or ``"stop"``: whether a failure ends what waits behind it.
+        coalesce_on_retry: ``"hold"``, ``"release"`` or ``"merge"``: what becomes of the key until the retry.
+        coalesce_grace: Seconds after which a run that is replaced is terminated; ``None``: never.
+        coalesce_labels: Templates by name, which travel with events.
+        coalesce_steps: Weights by the name of a step, in their order.
+        coalesce_setup: A function without arguments, called once per worker process; its value is every run's.
 
     .. versionadded:: 0.1
     """
@@ -163,11 +186,24 @@ class CoalescedTask(Task):
     def coalesce(self) -> InlineRun:
         """The run that the body is in: every field of :class:`~celery_coalesce.RunMeta`, and ``check()``."""
         run: InlineRun | None = self.request.__dict__.get(ATTRIBUTE)
-        return run if run is not None else InlineRun(self._inline_meta(self.request))
+        return run if run is not None else InlineRun(self._inline_meta(self.request), self, self.request)
+
+    def _eager_run(self, request: Context) -> InlineRun | None:
+        """Return the run of an eager call whose policies have a say in it, so that tests see what they do."""
+        policy = self.coalesce_policy
+        if policy is None or not (policy.should_run or policy.steps or policy.setup):
+            return None
+        run = request.__dict__[ATTRIBUTE] = InlineRun(self._inline_meta(request), self, request)
+        return run
 
     def _inline_meta(self, request: Context) -> RunMeta:
         policy = self._policy()
-        key = policy.key(request.args or (), request.kwargs or {}) or ""
+        args, kwargs = request.args or (), request.kwargs or {}
+        try:
+            key, labels = policy.key(args, kwargs) or "", policy.labels_of(args, kwargs)
+        except InvalidKey:
+            # Exempt, or with a key of its own, the call needed none from its arguments.
+            key, labels = "", {}
         return RunMeta(
             key=key,
             scope=policy.scope,
@@ -181,6 +217,7 @@ class CoalescedTask(Task):
             attempt=request.retries or 0,
             token=0,
             triggers=1,
+            labels=labels,
         )
 
     def _policy(self) -> Policy:
@@ -196,7 +233,7 @@ class CoalescedTask(Task):
         run = self.request.__dict__.get(ATTRIBUTE)
         return run if isinstance(run, Run) else None
 
-    __call__ = _guarded(Task.__call__)
+    __call__ = _guarded(_as_celery_calls)
 
     def on_replace(self, sig: Signature) -> Any:
         """Send the task that replaces this one once this attempt has ended.
@@ -390,7 +427,7 @@ class CoalescedTask(Task):
         if key is None:
             return 0
         engine = engine_of(self._get_app())
-        cleared = engine.transitions.clear(policy.scope, key, str(self.name))
+        cleared = engine.transitions.clear(policy.scope, key, str(self.name), forget=True)
         publish_all(engine, cleared.sent)
         for run in cleared.told_here:
             tell_cleared(engine, run, engine.producer_bus)

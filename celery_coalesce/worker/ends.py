@@ -41,6 +41,8 @@ class ReportingRequest(Request):
     #: A newer trigger replaces the run, which is being terminated for it; and its callers have been told.
     _superseded = False
     _told_superseded = False
+    #: The outcome has been announced: once, however often the end has to be reported.
+    _outcome_told = False
     #: The pool process has returned the attempt's end, and lives on.
     _returned = False
 
@@ -165,7 +167,9 @@ class ReportingRequest(Request):
         if not engine.transitions.check(lease):
             # A retry after a lost worker (_retry_worker_lost, celery.worker.request, 5.7) has moved the run on already.
             return
-        announce_outcome(self.app, lease, ending, bus)
+        if not self._outcome_told:
+            announce_outcome(self.app, lease, ending, bus)
+            self._outcome_told = True
         end_run(engine, lease, ending, bus)
 
     def _settle(self) -> Lease | None:

@@ -154,6 +154,7 @@ class TestKilledChild:
         task = app.tasks["beating_rerun"]
         first = task.delay(journal.key(), 1)
         start = journal.wait("start", timeout=20)
+        journal.wait("beat", timeout=20)
         second = task.delay(journal.key(), 2)
         os.kill(start["pid"], signal.SIGKILL)
         journal.record("gone", pid=start["pid"])

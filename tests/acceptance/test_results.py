@@ -277,3 +277,11 @@ class TestRpc:
         app, _ = remote
         assert app.tasks["replaced_by_itself"].delay(journal.key()).get(timeout=20) == 2
         assert app.tasks["replaced_by_plain"].delay(journal.key(), 5).get(timeout=20) == 5
+
+
+def test_what_a_body_calls_is_its_child(app: HarnessApp, worker: WorkerProcess, journal: Journal) -> None:
+    """As of any Celery task: the trail that `collect` and `get_leaf` follow."""
+    result = app.tasks["calling_another"].delay(journal.key())
+    child = result.get(timeout=20)
+    assert [each.id for each in result.children or ()] == [child]
+    assert result.get_leaf() == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from celery_coalesce import CoalescedTask, Coalescer, Disposition, HoldTimeout, NotReentrant, OptionError
+from celery_coalesce import Coalescer, Disposition, HoldTimeout, NotReentrant, PredecessorFailed
 from tests.conformance import story_tasks
 from tests.support.app import HarnessApp
 from tests.support.holders import Holder
@@ -115,15 +115,25 @@ def test_am_5_an_error_reaches_its_caller_alone_and_the_next_still_runs(
     assert_no_overlap(journal.events())
 
 
-def test_am_6_stop_on_error_is_refused_rather_than_ignored(app: HarnessApp) -> None:
-    """Until a failure can stop those behind it, nobody is led to believe that it does."""
-
-    def body() -> None:
-        pass
-
-    options = {"coalesce": "serialize", "coalesce_on_error": "stop"}
-    with pytest.raises(OptionError, match="coalesce_on_error"):
-        app.task(name="stopping", base=CoalescedTask, shared=False, **options)(body)
+def test_am_6_stop_on_error_runs_nothing_that_was_waiting(
+    app: HarnessApp, worker: WorkerProcess, journal: Journal
+) -> None:
+    """The callers of what was waiting can tell that from a failure of their own; then the key works again."""
+    serialize, key = app.tasks["serialize_stop"], journal.key()
+    bad = serialize.delay(key, error="boom", gate="g")
+    journal.wait("start", timeout=PATIENCE)
+    waiting = [serialize.delay(key, n) for n in range(3)]
+    journal.open("g")
+    with pytest.raises(RuntimeError, match="boom"):
+        bad.get(timeout=PATIENCE)
+    for result in waiting:
+        with pytest.raises(PredecessorFailed, match="boom"):
+            result.get(timeout=PATIENCE)
+    again = serialize.delay(key, 7)
+    assert again.get(timeout=PATIENCE) == 7
+    assert [event["task_id"] for event in journal.events("start")] == [bad.id, again.id]
+    outcomes = [event["outcome"] for event in journal.events("coalesce_skip")]
+    assert outcomes == ["<Outcome.STOPPED: 'stopped'>"] * 3
 
 
 def test_am_7_a_hundred_keys_leave_no_state_and_can_be_used_again(

@@ -134,6 +134,7 @@ class Driver:
     Attributes:
         engine: The engine.
         store: What it speaks through.
+        clocked: The clock of the test's own, if it has one.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class Driver:
     ) -> None:
         self.client = client
         self.names = Names("", namespace)
-        self._clocked = ClockedStore(client, self.names) if clocked else None
-        store = self._clocked or RedisStore(lambda: client, self.names, "test server")
+        self.clocked = ClockedStore(client, self.names) if clocked else None
+        store = self.clocked or RedisStore(lambda: client, self.names, "test server")
         self.store = Twice(store, self.snapshot, client.exists, self.check)
         self.engine = Transitions(self.store, timing or Timing())
         self._ids = itertools.count(1)
@@ -303,8 +304,8 @@ class Driver:
 
     def clock(self) -> float:
         """Return the server's clock in milliseconds."""
-        if self._clocked is not None:
-            return self._clocked.now
+        if self.clocked is not None:
+            return self.clocked.now
         seconds, micros = self.client.time()  # type: ignore[misc]
         return float(seconds * 1000 + micros / 1000)
 
@@ -402,8 +403,8 @@ class Driver:
 
     def pass_time(self, milliseconds: float) -> None:
         """Wait until the server's clock has gone on, or move the test's own."""
-        if self._clocked is not None:
-            self._clocked.set(self._clocked.now + int(milliseconds))
+        if self.clocked is not None:
+            self.clocked.set(self.clocked.now + int(milliseconds))
             return
         end = self.clock() + milliseconds
         wait_until(lambda: self.clock() >= end)

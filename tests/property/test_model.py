@@ -122,6 +122,8 @@ class Policies(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.drive = Driver(self.client, f"test-{uuid.uuid4().hex[:8]}", clocked=True)
+        assert self.drive.clocked is not None
+        self.drive.clocked.expires = False
         self.start_time = self.drive.clock()
         #: Messages by the time at which they come to a worker.
         self.messages: list[tuple[float, Envelope]] = []

@@ -16,6 +16,7 @@ COALESCED: dict[str, dict[str, Any]] = {
     "queue": {},
     "skip": {"coalesce": "skip"},
     "serialize": {"coalesce": "serialize"},
+    "serialize_stop": {"coalesce": "serialize", "coalesce_on_error": "stop"},
     "three": {"coalesce_max_queued": 3},
     "five": {"coalesce_limit": 5},
     "reject": {"coalesce_overflow": "reject"},
@@ -31,7 +32,7 @@ COALESCED: dict[str, dict[str, Any]] = {
     "shared_b": {"coalesce_scope": "shared"},
 }
 
-EVENTS = ("trigger", "start", "success", "error", "skip", "drain", "lost")
+EVENTS = ("trigger", "start", "step", "success", "error", "skip", "drain", "lost")
 
 
 def merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

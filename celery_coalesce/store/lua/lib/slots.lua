@@ -31,6 +31,12 @@ local function known_limit(id)
   return packed and cmsgpack.unpack(packed) or {}
 end
 
+local function note_limit(need)
+  local known = known_limit(need.id)
+  known.name, known.limit = need.name, need.limit
+  redis.call('HSET', limits, need.id, cmsgpack.pack(known))
+end
+
 -- Nothing of an idle constraint stays but a limit that was set.
 local function tidy(id)
   if taken(id) == 0 and not first_in_line(id) and not known_limit(id).set then redis.call('HDEL', limits, id) end
@@ -71,9 +77,7 @@ local function take_constraints(run)
   if free and at <= now then
     for _, need in ipairs(run.needs) do
       redis.call('ZADD', slots, 0, need.id .. '/' .. ref(run))
-      local known = known_limit(need.id)
-      known.name, known.limit = need.name, need.limit
-      redis.call('HSET', limits, need.id, cmsgpack.pack(known))
+      note_limit(need)
     end
     leave_lines(run)
     return true
@@ -82,9 +86,7 @@ local function take_constraints(run)
     run.lined = true
     for _, need in ipairs(run.needs) do
       redis.call('ZADD', lines, 0, line_place(need, run))
-      local known = known_limit(need.id)
-      known.name, known.limit = need.name, need.limit
-      redis.call('HSET', limits, need.id, cmsgpack.pack(known))
+      note_limit(need)
     end
   end
   return free and at
