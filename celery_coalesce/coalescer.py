@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .dispatch import publish_all
 from .engine import engine_of
+from .errors import InvalidKey
+from .holding import Hold, checked_timeout, scope_of
+from .plain import HOLD, SHARE
 from .planning import PlannedRun, planned_runs
 from .records import ConstraintView, RunView, TaskHistory
+from .sharing import share
 
 if TYPE_CHECKING:
     from celery import Celery
 
+    from .task import CoalescedTask
+
 __all__ = ["Coalescer"]
+
+Value = TypeVar("Value")
+
+#: Seconds that plain code waits if it does not say.
+TIMEOUT = 10.0
 
 
 class Coalescer:
@@ -113,3 +124,88 @@ class Coalescer:
             raise ValueError(f"a limit is a whole number from 0 on, or None, not {limit!r}")
         engine = engine_of(self.app)
         publish_all(engine, engine.transitions.set_limit(name, limit))
+
+    # -- plain code --------------------------------------------------------------------------------------------------
+
+    def hold(self, key: str, *, scope: CoalescedTask | str, timeout: float | None = TIMEOUT) -> Hold:
+        """Take a key's slot for a block of plain code: a view, a management command, a script, another task.
+
+        ::
+
+            with coalescer.hold("wallet:7", scope=charge, timeout=5) as lease:
+                ...  # no run of charge with this key goes on meanwhile
+
+        A hold waits in line with the key's pending runs, starts within the least ``coalesce_limit`` and after the
+        longest ``coalesce_cooldown`` of the tasks in scope, and excludes them and other holds as these do each other.
+        The key is free once the block is left, in whatever way; if the process is killed, one ``coalesce_lease`` later,
+        by the sweep of any worker, or of any process that holds or waits. ``async with`` does the same in asyncio.
+
+        In the block, ``lease.token`` is the fencing token, and ``lease.check()`` raises
+        :exc:`~celery_coalesce.LeaseLost` if the key is not held any more. A state server that is away when the block is
+        left does not make it raise: the key is given back as soon as it is there.
+
+        Args:
+            key: The key.
+            scope: What the key is unique in: a task (its scope), or the name of a scope.
+            timeout: For how many seconds to wait. 0: not at all; ``None``: without end.
+
+        Returns:
+            What to use in a ``with`` or ``async with`` statement. Nothing happens before that, which raises
+            :exc:`~celery_coalesce.HoldTimeout` if the key was not free in time (nothing is left behind),
+            :exc:`~celery_coalesce.NotReentrant` within a run of the key, or a hold of it by the same code, and
+            :exc:`~celery_coalesce.StoreUnavailable` if the state server can not be reached.
+
+        Raises:
+            InvalidKey: The key is not a non-empty string.
+            ValueError: The scope is neither a coalesced task nor a name, or the timeout is no number from 0 on.
+
+        .. versionadded:: 0.1
+        """
+        return Hold(self.app, scope_of(scope), _checked_key(HOLD, key), checked_timeout(timeout))
+
+    def share(
+        self,
+        key: str,
+        fn: Callable[[], Value],
+        *,
+        timeout: float | None = TIMEOUT,
+        scope: str = SHARE,
+    ) -> Value:
+        """Call a function once for all who ask for the same key at the same time, in whatever process.
+
+        ::
+
+            value = cache.get(name) or coalescer.share(name, lambda: load(name))
+
+        The first caller calls its own ``fn``; whoever comes before that has returned gets its value, or its exception,
+        and calls nothing. Nothing is kept: the next call after that calls ``fn`` again. The value reaches the others
+        through the app's ``result_serializer`` (so of a tuple they may get a list), exceptions as Celery's results do.
+        A value that it can not take is the first caller's alone; the others get a ``kombu.exceptions.EncodeError``.
+
+        Args:
+            key: What is shared.
+            fn: What gives the value; called without arguments, in this thread.
+            timeout: For how many seconds to wait for another's value; ``None``: without end. ``fn`` may take longer.
+            scope: What the key is unique in.
+
+        Returns:
+            The value.
+
+        Raises:
+            HoldTimeout: The one who calls ``fn`` was not done in time.
+            LeaseLost: The one who called ``fn`` was killed.
+            NotReentrant: This is called by its own ``fn``.
+            StoreUnavailable: The state server can not be reached; ``fn`` was not called.
+            InvalidKey: The key is not a non-empty string.
+            ValueError: The scope is no name, or the timeout is no number from 0 on.
+            BaseException: Whatever ``fn`` raises.
+
+        .. versionadded:: 0.1
+        """
+        return share(self.app, scope_of(scope), _checked_key(SHARE, key), fn, checked_timeout(timeout))
+
+
+def _checked_key(what: str, key: object) -> str:
+    if not isinstance(key, str) or not key:
+        raise InvalidKey(what, key, f"a key is a non-empty string, not {key!r}")
+    return key

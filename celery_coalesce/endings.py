@@ -19,7 +19,8 @@ from kombu.utils.encoding import safe_repr
 from . import signals
 from .calls import UNREADABLE, decode, request_context
 from .dispatch import publish_all
-from .errors import PredecessorFailed, StoreError, Superseded
+from .errors import LeaseLost, PredecessorFailed, StoreError, Superseded
+from .plain import PLAIN, answer
 from .records import Ended, Finished, RunMeta
 from .states import OnError, Outcome
 
@@ -100,7 +101,8 @@ def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told
     ended = _ended(engine, lease, ending)
     watched = signals.is_watched(signals.coalesce_drain, bus)
     # A producer that clears a key knows nothing of who listens elsewhere: a worker announces that drain.
-    drain = RunMeta.of(lease) if watched or bus.hostname is None else None
+    elsewhere = bus.hostname is None and (lease.task not in PLAIN or engine.has_task(lease.scope))
+    drain = RunMeta.of(lease) if watched or elsewhere else None
     while True:
         reply = engine.transitions.finish(lease, told=told, ended=ended, drain=drain, announced=watched)
         if reply is None:
@@ -113,12 +115,18 @@ def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told
                 announce_drain(engine, reply.drain, bus)
             return True
         for blob in reply.blobs:
-            tell_follower(bus, blob, ending)
+            if lease.task in PLAIN:
+                answer(engine, blob, ending.value, _shared_error(ending))
+            else:
+                tell_follower(bus, blob, ending)
             told += 1
 
 
 def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:
     """Return what a run's record and its task's history take from its end."""
+    if lease.task in PLAIN and lease.began:
+        rest = engine.longest_rest(lease.scope) if ending.outcome is not Outcome.SKIPPED else 0.0
+        return Ended(None, rests=bool(rest), cooldown=rest, rest=rest)
     policy = policy_of(engine.app, lease.task)
     if policy is None or not lease.began:
         return None
@@ -161,8 +169,19 @@ def tell_follower(bus: EventBus, blob: bytes, ending: Ending) -> None:
         logger.exception("A follower could not be completed", extra={"action": "follower_failed"})
 
 
+def _shared_error(ending: Ending) -> BaseException | None:
+    """Return what the callers get that share a run's value, if they do not get that."""
+    if ending.outcome is Outcome.SUCCEEDED or isinstance(ending.error, Exception):
+        return ending.error
+    # Whatever stopped that caller (SystemExit, KeyboardInterrupt) is not to stop others.
+    return LeaseLost(f"the caller that was to give the value has not: {ending.error or ending.outcome!r}")
+
+
 def tell_caller(app: Celery, task_name: str, task_id: str, call: Mapping[str, Any], ending: Ending) -> None:
     """Complete one call as Celery's tracer would have: callbacks and chain, result, chord."""
+    if task_name in PLAIN:
+        # It asks the record itself, or is gone.
+        return
     task = app.tasks.get(task_name)
     backend = task.backend if task is not None else app.backend
     context = request_context(task_name, task_id, call)
@@ -212,6 +231,8 @@ def tell_cleared(engine: Engine, cleared: Cleared, bus: EventBus) -> None:
 
 def _cleared_ending(cleared: Cleared) -> Ending:
     lease = cleared.lease
+    if lease.task in PLAIN:
+        return Ending(cleared.outcome, error=LeaseLost(cleared.why or "it was cleared before its turn came"))
     if cleared.outcome is Outcome.STOPPED and cleared.why == SUPERSEDED:
         return Ending(Outcome.STOPPED, error=Superseded(lease.task, lease.key))
     if cleared.outcome is Outcome.STOPPED:
@@ -240,6 +261,8 @@ def _call_back(app: Celery, context: Any, value: Any) -> None:
 
 def stored_ending(app: Celery, task_name: str, task_id: str) -> Ending | None:
     """Return how a run ended by what its result says, ``None`` if it says nothing final."""
+    if task_name in PLAIN:
+        return None
     task = app.tasks.get(task_name)
     backend = task.backend if task is not None else app.backend
     if not getattr(backend, "persistent", False):
@@ -280,7 +303,9 @@ def announce_drain(engine: Engine, blob: bytes, bus: EventBus) -> None:
 
 
 def announce_outcome(app: Celery, lease: Lease, ending: Ending, bus: EventBus) -> None:
-    """Send the signal of a run that did not succeed."""
+    """Send the signal of a task's run that did not succeed."""
+    if lease.task in PLAIN:
+        return
     task, meta = app.tasks.get(lease.task), RunMeta.of(lease)
     if ending.failure:
         shown = {"exception": safe_repr(ending.error)[: signals.MOST_SHOWN]}

@@ -13,6 +13,8 @@ from .transitions import Transitions
 if TYPE_CHECKING:
     from celery import Celery
 
+    from .policy import Policy
+
 __all__ = ["Engine", "engine_of"]
 
 _ATTRIBUTE = "_celery_coalesce_engine"
@@ -33,10 +35,21 @@ class Engine:
         """Return the longest ``coalesce_cooldown`` of the tasks that share a scope, in seconds."""
         rest = self._rests.get(scope)
         if rest is None:
-            policies = (getattr(task, "coalesce_policy", None) for task in self.app.tasks.values())
-            rest = max((policy.cooldown for policy in policies if policy and policy.scope == scope), default=0.0)
+            rest = max((policy.cooldown for policy in self._policies(scope)), default=0.0)
             self._rests[scope] = rest
         return rest
+
+    def has_task(self, scope: str) -> bool:
+        """Return whether any task has a scope."""
+        return bool(self._policies(scope))
+
+    def least_limit(self, scope: str) -> int:
+        """Return the least ``coalesce_limit`` of the tasks that share a scope, 1 if there are none."""
+        return min((policy.limit for policy in self._policies(scope)), default=1)
+
+    def _policies(self, scope: str) -> list[Policy]:
+        policies = (getattr(task, "coalesce_policy", None) for task in self.app.tasks.values())
+        return [policy for policy in policies if policy is not None and policy.scope == scope]
 
 
 def engine_of(app: Celery) -> Engine:

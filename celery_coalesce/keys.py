@@ -248,3 +248,11 @@ class Names:
     def seen(self) -> str:
         """Messages without a run that were admitted."""
         return self._name("seen")
+
+    def turn(self, run: str) -> str:
+        """Return the list on which plain code hears that its turn has come."""
+        return self._name("turn", run)
+
+    def answer(self, call: str) -> str:
+        """Return the list on which a caller of ``share`` gets the value."""
+        return self._name("answer", call)

@@ -107,7 +107,8 @@ class Stop:
 class Ended:
     """How a run ended that had begun. Times are seconds."""
 
-    outcome: Outcome
+    #: ``None``: it is no task's, and not remembered.
+    outcome: Outcome | None
     #: What went wrong, for people.
     error: str | None = None
     #: Whether it has done anything, so that its key and its constraints rest.

@@ -55,6 +55,12 @@ CONNECT_TIMEOUT = 3.0
 #: Transitions are idempotent, so a lost reply does no harm.
 RETRIES = 2
 
+#: The least time, in seconds, that a command may block for: 0 would be for ever.
+LEAST_WAIT = 0.01
+
+#: Whoever waits for its turn has a connection of its own; the heartbeat must not be left without one.
+MOST_CONNECTIONS = 10_000
+
 OLDEST_REDIS = (6, 2)
 
 URL_REMEDY = "use redis://, rediss://, unix://, sentinel://host:26379/master-name or redis+cluster://host:port"
@@ -143,6 +149,21 @@ class RedisStore:
         """Remove a member of a sorted set; return whether it was this call that did."""
         with self._errors():
             return bool(self._connected().zrem(key, member))
+
+    def receive(self, key: str, seconds: float) -> bytes | None:
+        """Take what is handed to a list; ``None`` if nothing is within some seconds.
+
+        Args:
+            key: The list.
+            seconds: More than 0, and well below the time that an answer of the server may take.
+        """
+        with self._errors():
+            client = self._connected()
+            # Moved onto itself: an element that was popped would be gone with a reply that was lost.
+            blob: bytes | None = client.blmove(key, key, max(seconds, LEAST_WAIT), "LEFT", "LEFT")
+            if blob is not None:
+                client.delete(key)
+            return blob
 
     def connect(self) -> None:
         """Make the client now, for the processes that are forked from this one.
@@ -259,6 +280,7 @@ def _options() -> dict[str, Any]:
         "socket_connect_timeout": CONNECT_TIMEOUT,
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES, supported_errors=(RedisConnectionError,)),
         "decode_responses": False,
+        "max_connections": MOST_CONNECTIONS,
         # RESP3's greeting fails on a server that is too old, before it can be refused by its version.
         "protocol": 2,
     }

@@ -299,7 +299,8 @@ class Running(Base):
             "announce_in": (self.timing.lease if announced else 0) if drain is not None else None,
         }
         if ended is not None:
-            asked["outcome"], asked["error"], asked["rests"] = ended.outcome.value, ended.error, ended.rests or None
+            asked["outcome"], asked["error"] = ended.outcome and ended.outcome.value, ended.error
+            asked["rests"] = ended.rests or None
             if ended.once:
                 asked["once"] = -1 if ended.once is True else _ms(ended.once)
             if ended.rest:

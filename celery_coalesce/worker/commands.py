@@ -7,8 +7,8 @@ from typing import Any
 from celery.worker import state as worker_state
 from celery.worker.control import control_command
 
+from ..stopping import STOP
 from .ends import ReportingRequest
-from .stopping import STOP
 
 __all__ = ["coalesce_stop"]
 

@@ -32,11 +32,11 @@ from ..keys import state_id
 from ..policy import Policy
 from ..records import Accepted, Envelope, Known, Lease, Trigger
 from ..states import Answer, Disposition, Outcome, RunState
+from ..stopping import stop_runs
 from ..triggering import accept, report
 from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
 from .presence import presence_of
-from .stopping import stop_runs
 
 __all__ = ["CoalescedRequest"]
 

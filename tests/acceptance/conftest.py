@@ -10,14 +10,22 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance import around_tasks, batch_tasks, override_tasks, policy_tasks, replace_tasks, retry_tasks
+from tests.acceptance import (
+    around_tasks,
+    batch_tasks,
+    holding_tasks,
+    override_tasks,
+    policy_tasks,
+    replace_tasks,
+    retry_tasks,
+)
 from tests.support.app import HarnessApp
 from tests.support.app import make_app as make_harness_app
 from tests.support.journal import Journal
 from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
 
-TASKS = (around_tasks, batch_tasks, override_tasks, policy_tasks, replace_tasks, retry_tasks)
+TASKS = (around_tasks, batch_tasks, holding_tasks, override_tasks, policy_tasks, replace_tasks, retry_tasks)
 INCLUDE = [module.__name__ for module in TASKS]
 
 

@@ -1,7 +1,4 @@
-"""AM: async-mutex-lite. A keyed mutex: `coalesce="serialize"`, where every call runs, in its turn.
-
-AM 10, the mutex in a plain function, is tested where `hold` is.
-"""
+"""AM: async-mutex-lite. A keyed mutex: `coalesce="serialize"`, where every call runs, in its turn."""
 
 from __future__ import annotations
 
@@ -9,17 +6,19 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from celery_coalesce import Disposition, PredecessorFailed
+from celery_coalesce import Coalescer, Disposition, HoldTimeout, NotReentrant, PredecessorFailed
 from tests.conformance import story_tasks
 from tests.support.app import HarnessApp
+from tests.support.holders import Holder
 from tests.support.journal import Journal, assert_no_overlap
-from tests.support.process import ROOT
+from tests.support.process import ROOT, wait_until
 from tests.support.traces import traces
 from tests.support.worker import WorkerProcess
 
@@ -242,3 +241,49 @@ def test_am_9_two_checkouts_at_once_never_both_deduct(
     journal.open("g", 2)
     assert [order.get(timeout=PATIENCE) for order in orders] == ["paid", "paid"]
     journal.client.delete(story_tasks.balance(user), story_tasks.balance(careless))
+
+
+@pytest.mark.timeout(120)
+def test_am_10_plain_code_holds_the_key_as_a_run_does(
+    make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+) -> None:
+    """It waits in line for 5 s at most, excludes the key's tasks, and frees the key on exit, exception and crash."""
+    app = make_app(conf={"coalesce_lease": 2})
+    make_worker(app)
+    serialize, key = app.tasks["serialize"], journal.key()
+    coalescer = Coalescer(app)
+
+    # In line with what is pending, and not for longer than it says.
+    first, second = serialize.delay(key, 1, gate="g"), serialize.delay(key, 2, gate="g")
+    journal.wait("start", timeout=PATIENCE)
+    began = time.monotonic()
+    with pytest.raises(HoldTimeout), coalescer.hold(key, scope=serialize, timeout=5):
+        pass
+    assert 5 <= time.monotonic() - began < 8
+    journal.open("g", 2)
+    with coalescer.hold(key, scope=serialize, timeout=PATIENCE) as lease:
+        assert [event["task_id"] for event in journal.events("end")] == [first.id, second.id]
+        # Longer than a lease, and nobody of the key runs.
+        third = serialize.delay(key, 3)
+        with pytest.raises(NotReentrant), coalescer.hold(key, scope=serialize):
+            pass
+        journal.assert_never("start", task_id=third.id, within=5)
+        lease.check()
+    assert third.get(timeout=PATIENCE) == 3
+
+    with pytest.raises(RuntimeError, match="boom"), coalescer.hold(key, scope=serialize, timeout=PATIENCE):
+        raise RuntimeError("boom")
+    assert serialize.delay(key, 4).get(timeout=PATIENCE) == 4
+
+    with Holder(app, journal, "hold", scope="serialize") as holder:
+        held = journal.wait("held", timeout=PATIENCE)
+        assert held["token"] > lease.token
+        last = serialize.delay(key, 5)
+        journal.assert_never("start", task_id=last.id)
+        holder.kill()
+        began = time.monotonic()
+        assert last.get(timeout=PATIENCE) == 5
+        assert time.monotonic() - began < 8
+    journal.wait("coalesce_drain", timeout=PATIENCE)
+    assert_no_overlap(journal.events())
+    wait_until(lambda: traces(app, "serialize", key) == [], PATIENCE)

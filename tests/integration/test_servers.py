@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,9 @@ import pytest
 import redis
 from kombu.exceptions import OperationalError
 
-from celery_coalesce import SettingError, StoreUnavailable
+from celery_coalesce import Coalescer, SettingError, StoreUnavailable
 from celery_coalesce.engine import engine_of
+from celery_coalesce.plain import SHARE
 from celery_coalesce.store.redis import connect as connect_store
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal, assert_no_overlap
@@ -163,6 +165,40 @@ PLACES = (
     of_unix_socket_broker,
     of_backend,
 )
+
+
+@pytest.mark.parametrize("place_of", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.timeout(120)
+def test_a_hold_and_a_shared_value(place_of: Any, make_app: MakeApp, request: pytest.FixtureRequest) -> None:
+    """Who waits is woken by whoever goes, on every server."""
+    with place_of(request) as place, ThreadPoolExecutor(4) as threads:
+        coalescer = Coalescer(make_app(place.broker, place.backend, place.conf))
+        transitions = engine_of(coalescer.app).transitions
+        calls: list[int] = []
+
+        def view() -> Any:
+            return transitions.show(SHARE, "key")
+
+        def hold() -> float:
+            with coalescer.hold("key", scope="s", timeout=20):
+                return time.monotonic()
+
+        def value() -> str:
+            calls.append(1)
+            wait_until(lambda: sum(run["followers"] for run in view().runs) == 2)
+            return "value"
+
+        with coalescer.hold("key", scope="s") as lease:
+            waiter = threads.submit(hold)
+            wait_until(lambda: len(coalescer.runs()) == 2)
+            lease.check()
+            left = time.monotonic()
+        assert waiter.result(20) - left < 0.8
+
+        shared = [threads.submit(coalescer.share, "key", value) for _ in range(3)]
+        assert [each.result(20) for each in shared] == ["value"] * 3
+        assert len(calls) == 1
+        assert place.names() == {"presence", "meta"}
 
 
 @pytest.mark.parametrize("place_of", PLACES, ids=lambda place: place.__name__)

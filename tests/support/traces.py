@@ -30,6 +30,8 @@ def _content(client: Any, name: bytes) -> list[bytes]:
             return list(client.smembers(name))
         case b"zset":
             return list(client.zrange(name, 0, -1))
+        case b"list":
+            return list(client.lrange(name, 0, -1))
         case b"none":
             return []
         case kind:

@@ -5,7 +5,7 @@
 -- Returns: dispatched, what is to be sent, reason (due, lost, unpublished); cleared, and what tells its callers; stop,
 --   process and task id and run of each that is to stop, what is to be sent; or early, gone
 -- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; dispatched
---   and held by nobody -> (none); cleared -> told by another
+--   and held by nobody -> (none), or cleared where others joined; cleared -> told by another
 -- Order: the timer is moved in the same write as the state, so that two sweeps never wake one run.
 --# include record
 --# include slots
@@ -58,6 +58,7 @@ local function wake()
     return {'gone'}
   end
   if run.state == 'cleared' then
+    if sent_by(head, asked.nonce) then return {'dispatched', sent, 'due'} end
     run.token = mint()
     set_timer(run, now + asked.lease)
     write_run(run)
@@ -74,8 +75,15 @@ local function wake()
     return {'dispatched', sent, 'due'}
   end
   if run.patience and run.state == 'dispatched' then
-    -- Whoever waited for it would have come by now.
-    forget(head, run, false)
+    -- Whoever waited for it would have come by now. Those who joined it are told.
+    if run.followers > 0 then
+      take_out(head, run, 'lost', 'its caller was not heard of', now)
+      write_run(run)
+      advance(head)
+      note_sent(head, asked.nonce)
+    elseif not forget(head, run, false) then
+      note_sent(head, asked.nonce)
+    end
     return {'dispatched', sent, 'due'}
   end
   return again(head, run)

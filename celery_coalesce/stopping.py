@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from celery import Celery
 
-    from ..records import Stop
+    from .records import Stop
 
 __all__ = ["STOP", "stop_runs"]
 
