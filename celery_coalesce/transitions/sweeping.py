@@ -10,8 +10,6 @@ from .base import Base, as_blob, as_text
 
 __all__ = ["SLICE", "Sweeping"]
 
-#: A second loss of the same run's message within the hour is noticed an hour after the first, in milliseconds.
-HOURLY = 3_600_000
 #: How many overdue things one look at the store returns.
 SLICE = 100
 
@@ -76,7 +74,7 @@ class Sweeping(Base):
     def wake(self, ref: str) -> Woken:
         """Move on a run whose timer is over."""
         state, run = ref.split("/")
-        reply = self._record("wake", state, run, hourly=HOURLY, lease=self.timing.lease)
+        reply = self._record("wake", state, run, lease=self.timing.lease)
         answer = as_text(reply[0])
         if answer == Answer.DISPATCHED:
             return Woken(self._sent(state, reply[1]), as_text(reply[2]))

@@ -156,6 +156,18 @@ class TestDebounce:
         drive.pass_time(1000)
         assert sweep(drive) == [1]
 
+    def test_a_slow_queue_costs_one_more_message_in_the_first_hour(self, drive: Driver) -> None:
+        """Whether the first one was to come at once or at a time."""
+        drive.trigger(0, delay=5)
+        # Repeated, a wake does not say again why.
+        with drive.once():
+            drive.pass_time(5_000 + 60_000)
+            assert sweep(drive) == [0]
+            drive.pass_time(3_599_000)
+            assert sweep(drive) == []
+            drive.pass_time(1000)
+            assert sweep(drive) == [0]
+
 
 class TestCooldown:
     def ended(self, cooldown: float, rest: float = 0.0) -> Ended:

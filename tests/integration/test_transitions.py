@@ -21,10 +21,12 @@ from celery_coalesce.records import (
 )
 from celery_coalesce.states import Answer, Disposition, RunState
 from celery_coalesce.transitions.running import UNPUBLISHED_AGAIN
-from celery_coalesce.transitions.sweeping import HOURLY
 from tests.integration.driver import Driver
 from tests.support.process import wait_until
 from tests.support.servers import ValkeyServer
+
+#: A second loss of the same run's message within the hour is noticed an hour after the first, in milliseconds.
+HOURLY = 3_600_000
 
 MakeDriver = Callable[..., Driver]
 

@@ -1,7 +1,7 @@
 -- Moves on a run whose timer is over.
 --
 -- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
--- ARGV: asked (JSON: state, nonce, run, redispatch, soon, hourly, lease)
+-- ARGV: asked (JSON: state, nonce, run, redispatch, soon, lease)
 -- Returns: dispatched, what is to be sent, reason (due, lost, unpublished); cleared, and what tells its callers; stop,
 --   process and task id and run of each that is to stop, what is to be sent; or early, gone
 -- Transition: pending and due -> dispatched | waiting; dispatched, retrying -> the same, published again; dispatched
@@ -19,10 +19,9 @@ local function again(head, run)
     reason = run.unpublished and 'unpublished' or 'due'
     set_timer(run, now + asked.redispatch)
   else
-    -- The first loss is noticed soon; from the second on it is more likely a slow queue than a lossy one.
     reason = 'lost'
     run.losses = run.losses + 1
-    set_timer(run, now + math.max(asked.hourly, asked.redispatch))
+    set_timer(run, lost_at(run))
   end
   run.unsent, run.unpublished, run.message_at = nil, nil, now
   write_run(run)
@@ -34,6 +33,7 @@ end
 -- A waiting run comes to the front, or stays where it is.
 local function look(head, run)
   wait_in_turn(run)
+  if run.message_at then run.losses = run.losses + 1 end
   run.message_at, run.unsent, run.unpublished = nil, nil, nil
   clear_timer(run)
   write_run(run)

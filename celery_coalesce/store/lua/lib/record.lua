@@ -4,6 +4,7 @@
 -- `state` (the state id, which names the key in the indexes).
 
 local VERSION = 2
+local HOUR = 3600000
 
 local rec, wait, meta, timers, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local busy = KEYS[6]
@@ -76,6 +77,12 @@ end
 
 local function clear_timer(run)
   redis.call('ZREM', timers, ref(run))
+end
+
+-- When somebody looks whether a message was lost. The first loss is noticed soon; from the second on it is more likely
+-- a slow queue than a lossy one.
+local function lost_at(run)
+  return now + (run.losses > 0 and math.max(HOUR, asked.redispatch) or asked.redispatch)
 end
 
 -- When a run that may not start before a time is woken: soon, by a message that a worker holds; later, by the sweep

@@ -174,7 +174,7 @@ end
 -- (holds its slots) -> dispatched. The caller writes head and run, and somebody publishes the envelope.
 local function dispatch(run)
   run.state, run.message_at, run.unsent = 'dispatched', nil, nil
-  set_timer(run, now + (run.patience or asked.redispatch))
+  set_timer(run, run.patience and now + run.patience or lost_at(run))
 end
 
 -- What wakes a run that may not start: the clock, if `at` is a time; else whoever ends or gives way.
