@@ -24,6 +24,7 @@ from .errors import CoalesceError, QueueFull, StoreUnavailable
 from .keys import state_id
 from .records import Accepted, RolledBack, RunMeta, Trigger
 from .states import Disposition, Outage, RunState
+from .ticks import tick_of
 from .triggering import Asking, accept_all, report
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ class Call:
             watch=signals.is_watched(signals.coalesce_trigger, self._engine.producer_bus),
             needs=self._policy.needs(args, kwargs),
             labels=self._policy.labels_of(args, kwargs),
+            tick=tick_of(str(self._task.name), args, kwargs),
         )
 
     def _times(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .options import Need
 from .states import Answer, Disposition, Mode, Outcome, RunState
+from .ticks import Tick
 
 __all__ = [
     "Accepted",
@@ -62,6 +63,8 @@ class Trigger:
     watch: bool = False
     needs: tuple[Need, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    #: The tick of a schedule, if beat makes the call.
+    tick: Tick | None = None
     #: Milliseconds after which a run that was given its slot, and did not start, is given up; ``None``: never.
     patience: int | None = None
 

@@ -123,6 +123,9 @@ class Running(Base):
                 }
                 for need in trigger.needs
             ]
+        if trigger.tick is not None:
+            tick = trigger.tick
+            asked["tick"] = {"entry": tick.entry, "lasts": _ms(tick.lasts), "moment": tick.moment}
         if trigger.labels:
             asked["labels"] = json.dumps(trigger.labels)
         if merging is not None:

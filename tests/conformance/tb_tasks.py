@@ -25,6 +25,8 @@ STEPS = {"build": 30, "test": 20, "deploy": 50}
 
 #: Where beats are told the key of their tick, and the file that says when: in seconds since the epoch.
 TICKS_VARIABLE = "TEST_TICKS"
+#: Seconds between the ticks of a schedule.
+EVERY = 2
 #: Seconds for which a tick that has run needs no other run.
 TICK_COUNTS = 4
 
@@ -272,5 +274,6 @@ if hasattr(support, "app"):  # in a worker, or a beat
     if TICKS_VARIABLE in os.environ:
         _key, _path = os.environ[TICKS_VARIABLE].split(",")
         support.app.conf.beat_schedule = {
-            "tick": {"task": "tick", "schedule": Moments(_path), "args": (_key, "ticked")}
+            "tick": {"task": "tick", "schedule": Moments(_path), "args": (_key, "ticked")},
+            "plain_tick": {"task": "queue", "schedule": EVERY, "args": (f"{_key} plain", "ticked")},
         }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from celery_coalesce import Coalescer, Disposition, InvalidKey, Outcome
 from celery_coalesce.planning import planned_runs
 from tests.conformance import tb_tasks
 from tests.conformance.sessions import pass_fence
-from tests.conformance.tb_tasks import STEPS, TICK_COUNTS, TICKS_VARIABLE, pointless
+from tests.conformance.tb_tasks import EVERY, STEPS, TICK_COUNTS, TICKS_VARIABLE, pointless
 from tests.support.app import BACKEND_VARIABLE, BROKER_VARIABLE, CONF_VARIABLE, HarnessApp
 from tests.support.app import make_app as new_app
 from tests.support.events import Monitor
@@ -529,13 +530,13 @@ def test_tb_17_two_beats_fire_one_schedule_tick_as_one_run(two: Two, journal: Jo
         moments = [soon, soon + TICK_COUNTS + 3]
         told.write_text("\n".join(map(str, moments)))
         told.rename(file)
-        journal.wait("coalesce_trigger", count=4, timeout=40)
+        journal.wait("coalesce_trigger", key="key", count=4, timeout=40)
         assert all("Sending due task tick" in beat.logs() for beat in (one, other))
         two.fence(journal)
     runs = starts(journal)
     assert len(runs) == len(moments)
     assert all(run["time"] >= moment for run, moment in zip(runs, moments, strict=True))
-    dispositions = sorted(event["disposition"] for event in journal.events("coalesce_trigger"))
+    dispositions = sorted(event["disposition"] for event in journal.events("coalesce_trigger", key="key"))
     assert dispositions == ["dispatched"] * 2 + ["skipped"] * 2
 
     # Five app servers, each with a scheduler of its own, that all find the same entry due at once.
@@ -549,6 +550,21 @@ def test_tb_17_two_beats_fire_one_schedule_tick_as_one_run(two: Two, journal: Jo
     journal.wait("coalesce_drain", key="many", timeout=SOON)
     two.fence(journal)
     assert len(starts(journal, "many")) == 1
+
+
+def test_tb_17_two_beats_fire_an_interval_once(two: Two, journal: Journal, tmp_path: Path) -> None:
+    """Of any task, with no option for it: one run an interval, though that has long ended when the other beat ticks."""
+    ticks = f"{journal.key()},{tmp_path / 'never'}"
+    with BeatProcess(two.app, ticks), BeatProcess(two.app, ticks):
+        journal.wait("coalesce_trigger", key="key plain", count=7, timeout=40)
+    journal.wait("coalesce_drain", key="key plain", timeout=SOON)
+    two.fence(journal)
+    calls = journal.events("coalesce_trigger", key="key plain")
+    accepted = [event for event in calls if event["disposition"] == "dispatched"]
+    assert {event["disposition"] for event in calls} == {"dispatched", "skipped"}
+    assert len(starts(journal, "key plain")) == len(accepted)
+    gaps = [later["time"] - sooner["time"] for sooner, later in pairwise(accepted)]
+    assert min(gaps) > EVERY / 2
 
 
 def test_tb_18_chains_pass_results_on_and_name_the_failing_member(two: Two, journal: Journal) -> None:

@@ -14,6 +14,7 @@ import pytest
 from celery_coalesce.options import Constraint
 from celery_coalesce.records import Advance, Ended, Envelope
 from celery_coalesce.states import Answer, Disposition, OnRetry, Outcome, RunState
+from celery_coalesce.ticks import Tick
 from tests.integration.driver import Driver
 
 DISPATCHED, QUEUED, COALESCED = Disposition.DISPATCHED, Disposition.QUEUED, Disposition.COALESCED
@@ -452,6 +453,49 @@ class TestOnce:
         lease = drive.run(drive.trigger(1, task="one", scope="s", once=True), scope="s", task="one")
         drive.finish(lease, ended=Ended(Outcome.SUCCEEDED, once=True))
         assert drive.trigger(2, task="two", scope="s", once=True).disposition is DISPATCHED
+
+
+class TestTicks:
+    def tick(self, drive: Driver, moment: str = "", lasts: float = 60, **options: Any) -> Any:
+        return drive.trigger(moment, given={"tick": Tick("entry", lasts, moment)}, **options)
+
+    def test_a_tick_that_has_its_run_needs_no_other(self, drive: Driver) -> None:
+        """While that waits or goes on, and when it has ended."""
+        first = self.tick(drive, "12:00")
+        lease = drive.run(first)
+        again = self.tick(drive, "12:00")
+        assert (again.disposition, again.run, again.run_state) == (SKIPPED, first.run, RunState.RUNNING)
+        drive.finish(lease)
+        again = self.tick(drive, "12:00")
+        assert (again.disposition, again.task_id, again.run_state) == (SKIPPED, first.task_id, RunState.ENDED)
+
+    def test_the_next_tick_is_another(self, drive: Driver) -> None:
+        """However soon it comes, if it is known to be; else once the last one is not remembered any more."""
+        drive.finish(drive.run(self.tick(drive, "12:00")))
+        drive.finish(drive.run(self.tick(drive, "12:01")))
+        drive.finish(drive.run(self.tick(drive, lasts=9)))
+        drive.pass_time(8999)
+        assert self.tick(drive, lasts=9).disposition is SKIPPED
+        drive.pass_time(1)
+        assert self.tick(drive, lasts=9).disposition is DISPATCHED
+
+    def test_nothing_but_ticks_is_answered_so(self, drive: Driver) -> None:
+        """A call of anybody else runs."""
+        drive.finish(drive.run(self.tick(drive, "12:00")))
+        assert drive.trigger(1).disposition is DISPATCHED
+
+    def test_what_is_kept_of_it_goes_by_itself(self, drive: Driver) -> None:
+        """With the time for which it is remembered."""
+        drive.finish(drive.run(self.tick(drive, "12:00")))
+        kept = drive.names.record(drive.state())[4]
+        assert 0 < drive.client.pttl(kept) <= 60_000  # type: ignore[operator]
+
+    def test_a_rejected_tick_is_not_remembered(self, drive: Driver) -> None:
+        """The other beat's may be accepted."""
+        drive.run(drive.trigger(0, overflow="reject"))
+        drive.trigger(1, overflow="reject")
+        assert self.tick(drive, "12:00", overflow="reject").disposition is Disposition.REJECTED
+        assert self.tick(drive, "12:00", overflow="reject").disposition is Disposition.REJECTED
 
 
 class TestOnRetry:

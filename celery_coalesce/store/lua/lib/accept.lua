@@ -128,6 +128,16 @@ local function follow(run)
   redis.call('HSET', rec, 'fol:' .. run.box .. ':' .. run.followers, ARGV[5])
 end
 
+-- (any) -> the same run, which answers one more caller and sees nothing of its call.
+local function join(head, run)
+  if run.state ~= 'running' then run.store = run.store or asked.store end
+  run.joined = true
+  follow(run)
+  write_run(run)
+  remember(head, 'skipped', run)
+  return reply('skipped', run, -1)
+end
+
 -- One flight: the run of this task that is under way or waiting. Not the one whose own body, links or chain call.
 local function flight(head)
   for run_id in pairs(head.active) do
@@ -221,30 +231,39 @@ local function merge(head, run)
   return reply('coalesced', run, -1, replaced)
 end
 
-local function accept()
+-- The run that has done already what a trigger asks for: once, or for another beat at the same tick.
+local function done_for()
   local done = asked.once and done_once(asked.task)
-  if done then return reply('skipped', {id = done.run, task_id = done.task_id, state = 'ended'}, -1) end
-  local head = read_head()
+  if done or not asked.tick then return done end
+  local packed = redis.call('HGET', kept, 'tick:' .. asked.tick.entry)
+  local last = packed and cmsgpack.unpack(packed)
+  return last and last.till > now and last.moment == asked.tick.moment and last or nil
+end
+
+-- A tick of a schedule has its run: should another beat fire it as well, it needs no other.
+local function note_tick(answer)
+  if asked.tick and answer[1] ~= 'merge' and answer[1] ~= 'rejected' then
+    keep('tick:' .. asked.tick.entry, {run = answer[2], task_id = answer[3], till = now + asked.tick.lasts,
+                                       moment = asked.tick.moment})
+  end
+  return answer
+end
+
+-- By the rules of its mode: a run that there is, or a new one.
+local function cover(head)
   if not head then
     if asked.target or asked.behind then return AGAIN end
     head = new_session()
-  else
-    local again = repeated(head)
-    if again then return again end
+  elseif asked.behind and asked.behind ~= head.recent[#head.recent - 2] then
     -- Of a chain of merges that is broken nothing counts, though the versions may happen to agree.
-    if asked.behind and asked.behind ~= head.recent[#head.recent - 2] then return AGAIN end
+    return AGAIN
   end
   if asked.mode == 'skip' then
     local run = flight(head)
     if run then
-      if run.state ~= 'running' then run.store = run.store or asked.store end
-      run.joined = true
       -- From now on runs of this task say when their body has returned: skip calls look at it.
       if run.mode ~= 'skip' then redis.call('HSET', meta, 'skips:' .. run.task, '1') end
-      follow(run)
-      write_run(run)
-      remember(head, 'skipped', run)
-      return reply('skipped', run, -1)
+      return join(head, run)
     end
   end
   local open = head.open[asked.task] or {}
@@ -255,4 +274,15 @@ local function accept()
   local last = read_run(open[#open])
   if asked.overflow == 'reject' then return reply('rejected', last, -1) end
   return merge(head, last)
+end
+
+local function accept()
+  local head = read_head()
+  local again = head and repeated(head)
+  if again then return again end
+  local done = done_for()
+  if not done then return note_tick(cover(head)) end
+  local run = head and read_run(done.run)
+  if run and run.state ~= 'cleared' then return join(head, run) end
+  return reply('skipped', {id = done.run, task_id = done.task_id, state = 'ended'}, -1)
 end
