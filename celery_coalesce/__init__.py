@@ -31,10 +31,10 @@ from .errors import (
 )
 from .options import Constraint
 from .planning import PlannedRun
-from .records import ConstraintView, RunMeta, RunView, TaskHistory, TriggerMeta
 from .result import CoalescedResult
 from .states import Disposition, Outcome
 from .task import CoalescedTask
+from .views import ConstraintView, RunMeta, RunView, TaskHistory, TriggerMeta
 
 __all__ = [
     "CoalesceError",

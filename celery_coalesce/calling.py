@@ -22,10 +22,11 @@ from .endings import done_once, tell_caller
 from .engine import engine_of
 from .errors import CoalesceError, QueueFull, StoreUnavailable
 from .keys import state_id
-from .records import Accepted, RolledBack, RunMeta, Trigger
+from .records import Accepted, RolledBack, Trigger
 from .states import Disposition, Outage, RunState
 from .ticks import tick_of
 from .triggering import Asking, accept_all, report
+from .views import RunMeta
 
 if TYPE_CHECKING:
     from .policy import Policy

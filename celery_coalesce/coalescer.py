@@ -11,8 +11,8 @@ from .errors import InvalidKey
 from .holding import Hold, checked_timeout, scope_of
 from .plain import HOLD, SHARE
 from .planning import PlannedRun, planned_runs
-from .records import ConstraintView, RunView, TaskHistory
 from .sharing import share
+from .views import ConstraintView, RunView, TaskHistory
 
 if TYPE_CHECKING:
     from celery import Celery

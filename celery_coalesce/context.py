@@ -14,10 +14,11 @@ from celery.exceptions import Ignore
 from . import signals
 from .errors import LeaseLost, StoreUnavailable
 from .progress import PROGRESS, Progress
-from .records import Lease, RunMeta
+from .records import Lease
 from .setups import value_of
 from .signals import EventBus
 from .states import Mode
+from .views import RunMeta
 
 if TYPE_CHECKING:
     from celery.app.task import Context

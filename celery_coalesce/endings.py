@@ -21,8 +21,9 @@ from .calls import UNREADABLE, decode, request_context
 from .dispatch import publish_all
 from .errors import LeaseLost, PredecessorFailed, StoreError, Superseded
 from .plain import PLAIN, answer
-from .records import Ended, Finished, RunMeta
+from .records import Ended, Finished
 from .states import OnError, Outcome
+from .views import RunMeta
 
 if TYPE_CHECKING:
     from celery import Celery

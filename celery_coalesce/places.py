@@ -18,8 +18,9 @@ from .errors import CoalesceError, HoldTimeout, StoreUnavailable
 from .keys import Parameters, state_id
 from .plain import PATIENCE
 from .policy import Policy
-from .records import Accepted, Envelope, Lease, RolledBack, RunMeta, Trigger
+from .records import Accepted, Envelope, Lease, RolledBack, Trigger
 from .states import Answer, Disposition, Mode, Outcome, Overflow, Rule
+from .views import RunMeta
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -34,10 +34,11 @@ from .endings import (
 from .engine import engine_of
 from .errors import CoalesceError, LeaseLost, StoreUnavailable
 from .plain import PLAIN
-from .records import LostLease, RunMeta
+from .records import LostLease
 from .states import Outcome
 from .stopping import stop_runs
 from .transitions.sweeping import SLICE
+from .views import RunMeta
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -18,7 +18,7 @@ from celery.utils.dispatch import Signal
 if TYPE_CHECKING:
     from celery import Celery
 
-    from .records import RunMeta, TriggerMeta
+    from .views import RunMeta, TriggerMeta
 
 __all__ = [
     "MOST_SHOWN",

@@ -22,9 +22,10 @@ from .errors import CoalesceError, InvalidKey, OptionError, StoreUnavailable
 from .install import install
 from .keys import state_id
 from .policy import Policy
-from .records import Lease, RunMeta
+from .records import Lease
 from .reports import continue_run
 from .result import CoalescedResult
+from .views import RunMeta
 
 if TYPE_CHECKING:
     from celery import Celery

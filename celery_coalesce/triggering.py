@@ -10,8 +10,9 @@ from . import signals
 from .calls import decode, encode
 from .errors import CoalesceError, StoreError
 from .keys import state_id
-from .records import Accepted, Known, MergeWanted, TriggerMeta
+from .records import Accepted, Known, MergeWanted
 from .states import Disposition, Rule
+from .views import TriggerMeta
 
 if TYPE_CHECKING:
     from celery import Celery

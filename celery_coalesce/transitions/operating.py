@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 
 from ..keys import constraint_id, state_id
-from ..records import Advance, Cleared, ClearedKey, ConstraintView, Lease, RecordView, Sent, TaskHistory
+from ..records import Advance, Cleared, ClearedKey, Lease, Sent
 from ..states import Answer, Outcome
+from ..views import ConstraintView, RecordView, TaskHistory
 from .base import Base, as_text
 
 __all__ = ["Operating"]

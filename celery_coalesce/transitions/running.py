@@ -21,13 +21,13 @@ from ..records import (
     Lease,
     MergeWanted,
     RolledBack,
-    RunMeta,
     Sent,
     Started,
     Trigger,
 )
 from ..states import Answer, Disposition, Mode, OnRetry, Overflow, Rule, RunState
 from ..store import MOST_AT_ONCE
+from ..views import RunMeta
 from .base import Base, as_blob, as_text, new_nonce
 
 __all__ = ["Running"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from ..records import Lease, LostLease, Overdue, RunMeta, Sent, Woken
+from ..records import Lease, LostLease, Overdue, Sent, Woken
 from ..states import Answer
+from ..views import RunMeta
 from .base import Base, as_blob, as_text
 
 __all__ = ["SLICE", "Sweeping"]

@@ -27,7 +27,6 @@ from celery_coalesce.records import (
     Known,
     Lease,
     MergeWanted,
-    RunMeta,
     Started,
     Timing,
     Trigger,
@@ -35,6 +34,7 @@ from celery_coalesce.records import (
 from celery_coalesce.states import Answer, RunState
 from celery_coalesce.store.redis import RedisStore
 from celery_coalesce.transitions import Transitions
+from celery_coalesce.views import RunMeta
 from tests.integration.clock import ClockedStore
 from tests.support.process import wait_until
 

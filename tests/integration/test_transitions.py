@@ -9,18 +9,10 @@ from typing import Any
 import pytest
 
 from celery_coalesce.errors import StoreError
-from celery_coalesce.records import (
-    Accepted,
-    ClearedKey,
-    Finished,
-    Followers,
-    Known,
-    MergeWanted,
-    RolledBack,
-    RunMeta,
-)
+from celery_coalesce.records import Accepted, ClearedKey, Finished, Followers, Known, MergeWanted, RolledBack
 from celery_coalesce.states import Answer, Disposition, RunState
 from celery_coalesce.transitions.running import UNPUBLISHED_AGAIN
+from celery_coalesce.views import RunMeta
 from tests.integration.driver import Driver
 from tests.support.process import wait_until
 from tests.support.servers import ValkeyServer
