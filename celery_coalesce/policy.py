@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import options as read
+from .contradictions import CONTRADICTIONS, NEEDS, declared_on
 from .errors import InvalidKey, OptionError
 from .keys import KeyTemplate, Parameters
-from .options import CONTRADICTIONS, NEEDS, OPTIONS, PER_CALL, Merge, Need, declared_on
+from .options import OPTIONS, PER_CALL, Merge, Need
 from .states import Mode, OnError, OnRetry, Overflow, Rule
 
 __all__ = ["Policy"]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from celery_coalesce.contradictions import CONTRADICTIONS, NEEDS
 from celery_coalesce.errors import OptionError
-from celery_coalesce.options import CONTRADICTIONS, NEEDS, OPTIONS, PER_CALL, Constraint
+from celery_coalesce.options import OPTIONS, PER_CALL, Constraint
 from celery_coalesce.policy import Policy
 from tests.support.process import ROOT
 
