@@ -51,8 +51,8 @@ class CallingTask(Task):
             link_error: Signatures to call on failure.
             shadow: The name to show.
             options: Celery's options, and ``coalesce``, ``coalesce_key`` (``None``: this call is exempt),
-                ``coalesce_args``,
-                ``coalesce_max_queued``, ``coalesce_overflow`` for this call alone.
+                ``coalesce_args``, ``coalesce_max_queued``, ``coalesce_overflow``, ``coalesce_delay`` and
+                ``coalesce_max_delay`` for this call alone.
 
         Returns:
             A :class:`~celery_coalesce.CoalescedResult` (an ``EagerResult`` under ``task_always_eager``).
@@ -63,6 +63,7 @@ class CallingTask(Task):
             QueueFull: ``coalesce_overflow="reject"``, and enough runs wait.
             StoreUnavailable: The state server can not be reached, and ``coalesce_on_outage`` is ``"raise"``.
             TypeError: The arguments do not fit the task's parameters.
+            kombu.exceptions.EncodeError: Arguments or options can not be serialized.
             kombu.exceptions.OperationalError: The broker can not be reached. Nothing is left behind.
 
         .. versionadded:: 0.1

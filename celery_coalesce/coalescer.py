@@ -136,16 +136,17 @@ class Coalescer:
                 ...  # no run of charge with this key goes on meanwhile
 
         A hold waits in line with the key's pending runs, starts within the least ``coalesce_limit`` and after the
-        longest ``coalesce_cooldown`` of the tasks in scope, and excludes them and other holds as these do each other.
-        The key is free once the block is left, in whatever way; if the process is killed, one ``coalesce_lease`` later,
-        by the sweep of any worker, or of any process that holds or waits. ``async with`` does the same in asyncio.
+        longest ``coalesce_cooldown`` of the tasks in scope that this process knows, and excludes them and other holds
+        as these do each other. The key is free once the block is left, in whatever way; if the process is killed, one
+        ``coalesce_lease`` later, by the sweep of any worker, or of any process that holds or waits. ``async with`` does
+        the same in asyncio.
 
         In the block, ``lease.token`` is the fencing token, and ``lease.check()`` raises
         :exc:`~celery_coalesce.LeaseLost` if the key is not held any more. A state server that is away when the block is
         left does not make it raise: the key is given back as soon as it is there.
 
         Args:
-            key: The key.
+            key: The key, as the task's own template gives it; the task's name for one without ``coalesce_key``.
             scope: What the key is unique in: a task (its scope), or the name of a scope.
             timeout: For how many seconds to wait. 0: not at all; ``None``: without end.
 

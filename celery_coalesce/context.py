@@ -235,10 +235,11 @@ class Run(InlineRun):
 
     @property
     def superseded(self) -> bool:
-        """Whether a newer trigger of the key waits for this run to end. Asks the state server.
+        """Whether a newer trigger waits to which this run could leave its work. Asks the state server.
 
-        A long body may end early then: what it would still do, the next run does with newer arguments. Under
-        ``coalesce="replace"`` it is stopped ``coalesce_grace`` seconds later.
+        One of the same task, under ``coalesce="queue"`` or ``"replace"``: a long body may end early then, and what it
+        would still do, the next run does with newer arguments. Under ``"replace"`` it is stopped ``coalesce_grace``
+        seconds later. Always false under ``"serialize"`` and ``"skip"``, where no other run does this one's work.
 
         Raises:
             LeaseLost: The run has lost its lease.

@@ -162,4 +162,6 @@ def declared_on(feature: str, options: Mapping[str, Any]) -> bool:
     value = options[option]
     if is_word:
         return not callable(value) and bool(value == word)
-    return callable(value) or bool(value != OPTIONS[option])
+    # Nothing, in whatever form a subclass takes back what its base declares.
+    nothing = OPTIONS[option] is None and (value is None or value is False or value in ((), [], {}))
+    return callable(value) or not (nothing or value == OPTIONS[option])

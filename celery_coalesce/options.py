@@ -33,14 +33,14 @@ OPTIONS: dict[str, Any] = {
     "coalesce_delay": None,
     "coalesce_max_delay": None,
     "coalesce_cooldown": None,
-    "coalesce_constraints": (),
+    "coalesce_constraints": None,
     "coalesce_once": None,
     "coalesce_should_run": None,
     "coalesce_on_error": OnError.CONTINUE.value,
     "coalesce_on_retry": OnRetry.HOLD.value,
     "coalesce_grace": 10,
-    "coalesce_labels": {},
-    "coalesce_steps": {},
+    "coalesce_labels": None,
+    "coalesce_steps": None,
     "coalesce_setup": None,
 }
 
@@ -118,16 +118,12 @@ def seconds(task: str, option: str, value: object, *, zero: bool = False) -> flo
     """Return a value that is a number of seconds, or ``None``."""
     if value is None:
         return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (0 <= value <= LONGEST)
-        or not (value or zero)
-    ):
-        raise OptionError(
-            task, option, value, "is not a number of seconds up to a year", "give such a number, or None for none"
-        )
-    return float(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= LONGEST or not (value or zero):  # type: ignore[operator]
+        least = "from 0" if zero else "above 0 and"
+        problem = f"is not a number of seconds {least} up to a year"
+        raise OptionError(task, option, value, problem, "give such a number, or None")
+    return float(value)  # type: ignore[arg-type]
 
 
 def scope(task: str, value: object) -> str:
@@ -214,7 +210,7 @@ def constraints(
 ) -> tuple[tuple[KeyTemplate | Callable[..., str | None], int, float], ...]:
     """Return constraints as (what makes the name, limit, cooldown in seconds)."""
     option = "coalesce_constraints"
-    each = (value,) if isinstance(value, Constraint) else value
+    each = (value,) if isinstance(value, Constraint) else () if value is None else value
     if not isinstance(each, list | tuple) or not all(isinstance(one, Constraint) for one in each):
         raise OptionError(
             task, option, value, "is no Constraint, or list of them", 'write Constraint("provider:<provider>", limit=3)'
@@ -222,8 +218,8 @@ def constraints(
     return tuple(
         (
             template(task, option, one.template, parameters),
-            count(task, option, one.limit),
-            seconds(task, option, one.cooldown, zero=True) or 0.0,
+            count(task, f"{option}: limit", one.limit),
+            seconds(task, f"{option}: cooldown", one.cooldown, zero=True) or 0.0,
         )
         for one in each
     )
@@ -232,6 +228,8 @@ def constraints(
 def labels(task: str, value: object, parameters: Parameters) -> dict[str, KeyTemplate]:
     """Return labels as templates by name."""
     option = "coalesce_labels"
+    if value is None:
+        return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) and name for name in value):
         raise OptionError(task, option, value, "is no mapping of names to templates", 'write {"tenant": "<org_id>"}')
     found = {}
@@ -245,6 +243,8 @@ def labels(task: str, value: object, parameters: Parameters) -> dict[str, KeyTem
 
 def steps(task: str, value: object) -> dict[str, float]:
     """Return the weights of steps by name, in their order."""
+    if value is None:
+        return {}
     if not isinstance(value, Mapping) or not all(
         isinstance(name, str)
         and name

@@ -135,7 +135,16 @@ class Policy:
             return self
         policy = replace(self, **changes)
         # What no call can do without: all runs of a key must agree on it.
-        fixed = {"coalesce_limit": self.limit, "coalesce_once": self.once, "coalesce_delay": policy.delay}
+        fixed: dict[str, Any] = {"coalesce_limit": self.limit, "coalesce_once": self.once}
+        if "coalesce" not in options:
+            # Nothing gives way: the call's other options have to make sense beside what the task declares.
+            fixed |= {
+                "coalesce": self.mode.value,
+                "coalesce_overflow": self.overflow.value,
+                "coalesce_on_retry": self.on_retry.value,
+            }
+        if policy.merges:
+            fixed |= {"coalesce_delay": policy.delay, "coalesce_overflow": policy.overflow.value}
         policy._refuse_contradictions(options, {**fixed, **options})
         return policy
 
@@ -149,8 +158,8 @@ class Policy:
         for pair in CONTRADICTIONS:
             if not (declared_on(pair.one, standing) and declared_on(pair.other, standing)):
                 continue
-            option = pair.one.partition("=")[0]
-            if option in given or pair.one in ("coalesce_limit", "coalesce_once"):
+            option, other = pair.one.partition("=")[0], pair.other.partition("=")[0]
+            if option in given or other in given:
                 raise OptionError(self.task, option, standing[option], pair.reason, pair.remedy)
         for pair in NEEDS:
             if declared_on(pair.one, given) and not declared_on(pair.other, standing):

@@ -8,7 +8,6 @@ from typing import Any
 
 from .options import Need
 from .states import Answer, Disposition, Mode, Outcome, RunState
-from .ticks import Tick
 
 __all__ = [
     "Accepted",
@@ -28,10 +27,25 @@ __all__ = [
     "Sent",
     "Started",
     "Stop",
+    "Tick",
     "Timing",
     "Trigger",
     "Woken",
 ]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One tick of a schedule that a beat fires."""
+
+    #: The name of its entry.
+    entry: str
+    #: The beat: its own ticks are never one and the same.
+    by: str
+    #: For how many seconds it is remembered.
+    lasts: float
+    #: What tells it from other ticks; empty: what another beat fires while it is remembered is the same.
+    moment: str = ""
 
 
 @dataclass(frozen=True)

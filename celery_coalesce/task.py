@@ -18,7 +18,7 @@ from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all
 from .endings import tell_cleared
 from .engine import engine_of
-from .errors import CoalesceError, InvalidKey, OptionError, StoreUnavailable
+from .errors import CoalesceError, InvalidKey, OptionError, StoreUnavailable, Superseded
 from .install import install
 from .keys import state_id
 from .policy import Policy
@@ -74,8 +74,7 @@ class CoalescedTask(CallingTask):
 
     Attributes:
         coalesce_key: A template over the task's parameters, or a callable with the task's own signature that returns
-            the
-            key, or ``None`` for a call that is exempt. Unset: the whole task is one key.
+            the key, or ``None`` for a call that is exempt. Unset: the whole task is one key.
         coalesce_scope: What keys are unique in; the task's name unless tasks share one.
         coalesce: ``"queue"``, ``"skip"``, ``"serialize"`` or ``"replace"``. In a body, ``self.coalesce`` is the run.
         coalesce_max_queued: How many runs of a key may wait.
@@ -184,7 +183,10 @@ class CoalescedTask(CallingTask):
 
     @property
     def coalesce(self) -> InlineRun:
-        """The run that the body is in: every field of :class:`~celery_coalesce.RunMeta`, and ``check()``."""
+        """The run that the body is in: every field of :class:`~celery_coalesce.RunMeta`, and what it can do.
+
+        That is ``check()``, ``superseded``, ``step()`` and ``setup``.
+        """
         run: InlineRun | None = self.request.__dict__.get(ATTRIBUTE)
         return run if run is not None else InlineRun(self._inline_meta(self.request), self, self.request)
 
@@ -260,12 +262,28 @@ class CoalescedTask(CallingTask):
             replacements.complete_with(run.bus, sig, followers)
         return super().on_replace(sig)
 
+    def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, *more: Any, **options: Any) -> Any:
+        """Retry, as ``celery.app.task.Task.retry``; a run that is superseded ends instead.
+
+        ``autoretry_for`` calls this with whatever the body has raised.
+        """
+        if isinstance(exc, Superseded):
+            raise exc
+        return super().retry(args, kwargs, exc, *more, **options)
+
+    def _arguments(self) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        return self.request.args or (), self.request.kwargs or {}
+
     def _takes_over(self, run: Run, sig: Signature) -> bool:
         task = self._get_app().tasks.get(sig.task)
         if not isinstance(task, CoalescedTask) or task.coalesce_policy is None:
             return False
         policy = task.coalesce_policy
         if policy.scope != run.lease.scope or set(sig.options) & {"coalesce_key", "coalesce"}:
+            return False
+        own = self._policy()
+        # The slots that the run has are all that it keeps: who needs others waits for them, as a call of its own.
+        if policy.limit != own.limit or policy.needs(sig.args, sig.kwargs) != own.needs(*self._arguments()):
             return False
         return policy.key(sig.args, sig.kwargs) == run.lease.key
 

@@ -8,56 +8,47 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from celery.schedules import crontab, schedule
 from celery.signals import beat_embedded_init, beat_init
 
-__all__ = ["Tick", "tick_of"]
+from .records import Tick
+
+__all__ = ["tick_of"]
 
 #: Seconds: a crontab's ticks are minutes.
 MINUTE = 60
 #: A tick that comes sooner than this part of the interval after the last one is another beat's.
 SOONER = 0.9
 
-_services: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Tick:
-    """One tick of a schedule.
-
-    Attributes:
-        entry: The name of its entry.
-        lasts: For how many seconds it is remembered.
-        moment: What tells it from other ticks; empty: whatever comes while it is remembered is the same.
-    """
-
-    entry: str
-    lasts: float
-    moment: str = ""
+#: The beats of this process, each with a name of its own.
+_services: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 @beat_init.connect(weak=False, dispatch_uid="celery_coalesce.beat")
 @beat_embedded_init.connect(weak=False, dispatch_uid="celery_coalesce.embedded_beat")
 def _note_beat(sender: Any = None, **_: Any) -> None:
-    _services.add(sender)
+    _services[sender] = uuid4().hex
 
 
 def tick_of(task: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tick | None:
-    """Return the tick that a call made now is; ``None`` if it is none, or of a schedule without an interval.
+    """Return the tick that a call made now is.
+
+    ``None`` if it is none, of a schedule without an interval, or if nobody can say of which entry.
 
     Args:
         task: The task's name.
         args: The call's positional arguments.
         kwargs: Its keyword arguments.
     """
-    for service in tuple(_services):
+    for service, by in tuple(_services.items()):
         entries = [entry for entry in service.scheduler.schedule.values() if entry.task == task]
         same = [entry for entry in entries if _arguments(entry) == (list(args), dict(kwargs))]
-        for entry in same or entries[:1]:
-            return _tick(entry)
+        candidates = same or entries
+        if len(candidates) == 1:
+            return _tick(candidates[0], by)
     return None
 
 
@@ -65,11 +56,11 @@ def _arguments(entry: Any) -> tuple[list[Any], dict[str, Any]]:
     return list(entry.args or ()), dict(entry.kwargs or {})
 
 
-def _tick(entry: Any) -> Tick | None:
+def _tick(entry: Any, by: str) -> Tick | None:
     if isinstance(entry.schedule, crontab):
-        # By the beat's own clock, which it fires by: another's may go before or after it.
-        return Tick(entry.name, 2 * MINUTE, moment=str(int(time.time() // MINUTE)))
+        # By the beat's own clock, which it fires by: the same for two beats whose clocks agree to some seconds.
+        return Tick(entry.name, by, 2 * MINUTE, moment=str(int(time.time() // MINUTE)))
     if type(entry.schedule) is schedule:
         interval = entry.schedule.run_every.total_seconds()
-        return Tick(entry.name, SOONER * interval) if interval > 0 else None
+        return Tick(entry.name, by, SOONER * interval) if interval > 0 else None
     return None

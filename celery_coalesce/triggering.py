@@ -114,8 +114,11 @@ def _chained(
         return {position: (each.policy, each.trigger, None) for position, each in asked.items()}
     chain: dict[int, tuple[Policy, Trigger, MergeWanted | None]] = {}
     for position, each in asked.items():
-        merged = encode(_merged(app, each.policy, base.args, each.arguments), each.serializer)
-        chain[position] = (each.policy, replace(each.trigger, args=merged), base)
+        arguments = _merged(app, each.policy, base.args, each.arguments)
+        merged = encode(arguments, each.serializer)
+        # The run needs what the arguments need that it will see.
+        needs = each.policy.needs(*arguments)
+        chain[position] = (each.policy, replace(each.trigger, args=merged, needs=needs), base)
         base = MergeWanted(base.run, base.version + 1, merged)
     return chain
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..keys import constraint_id, state_id
+from ..options import Need
 from ..policy import Policy
 from ..records import (
     Accepted,
@@ -113,19 +114,10 @@ class Running(Base):
         if policy.mode is Mode.REPLACE and policy.grace is not None:
             asked["grace"] = _ms(policy.grace)
         if trigger.needs:
-            asked["needs"] = [
-                {
-                    "id": constraint_id(need.name),
-                    # Shown to people; the id is what counts.
-                    "name": need.name.encode("utf-8", "replace").decode(),
-                    "limit": need.limit,
-                    "cooldown": _ms(need.cooldown),
-                }
-                for need in trigger.needs
-            ]
+            asked["needs"] = [_need(need) for need in trigger.needs]
         if trigger.tick is not None:
             tick = trigger.tick
-            asked["tick"] = {"entry": tick.entry, "lasts": _ms(tick.lasts), "moment": tick.moment}
+            asked["tick"] = {"entry": tick.entry, "by": tick.by, "lasts": _ms(tick.lasts), "moment": tick.moment}
         if trigger.labels:
             asked["labels"] = json.dumps(trigger.labels)
         if merging is not None:
@@ -221,7 +213,9 @@ class Running(Base):
         reply = self._call("start", keys, state, asked)
         answer = Answer(as_text(reply[0]))
         if answer is Answer.EARLY:
-            return Started(answer, wait=int(reply[1]))
+            return Started(answer, wait=int(reply[1]), sent=self._sent(state, reply[2]))
+        if answer is Answer.PENDING:
+            return Started(answer, sent=self._sent(state, reply[1]))
         if answer is Answer.CARRY:
             return Started(answer, call=as_blob(reply[1]))
         if answer is Answer.STOP:
@@ -380,6 +374,12 @@ class Running(Base):
         }
         reply = self._call("carry", self.store.names.record(envelope.state), envelope.state, asked, call)
         return self._sent(envelope.state, reply[1]) if as_text(reply[0]) == Answer.DISPATCHED else ()
+
+
+def _need(need: Need) -> dict[str, Any]:
+    # The name is shown to people; the id is what counts.
+    shown = need.name.encode("utf-8", "replace").decode()
+    return {"id": constraint_id(need.name), "name": shown, "limit": need.limit, "cooldown": _ms(need.cooldown)}
 
 
 def _ms(seconds: float) -> int:

@@ -51,6 +51,8 @@ GATE_AGAIN = 1.0
 class CoalescedRequest(ReportingRequest):
     """A message of a coalesced task, in the worker's main process."""
 
+    #: The same question again, where the answer was lost, gets the same answer.
+    _claim = ""
     #: Celery asks whether the task is revoked, but shall not act on it yet.
     _asking = False
     #: What Celery would have announced.
@@ -134,10 +136,11 @@ class CoalescedRequest(ReportingRequest):
         """Ask for the run's lease, and do what the answer says."""
         presence = presence_of(self.app)
         revoked = self._would_be_revoked()
+        self._claim = self._claim or uuid4().hex[:12]
         started = engine.transitions.start(
             envelope,
             owner=presence.owner,
-            claim=uuid4().hex[:12],
+            claim=self._claim,
             late=bool(self.task.acks_late),
             revoked=revoked,
         )
@@ -242,7 +245,7 @@ class CoalescedRequest(ReportingRequest):
             self._decided = True
             return bool(super().revoked())
         accepted = self._accept(engine, policy, key, arguments)
-        if isinstance(accepted, Accepted) and accepted.disposition is not Disposition.DISPATCHED:
+        if isinstance(accepted, Accepted) and not self._is_its_own(accepted):
             self._join(policy, key, accepted)
             return True
         if accepted is None:
@@ -251,6 +254,12 @@ class CoalescedRequest(ReportingRequest):
         attempt = accepted.attempt if isinstance(accepted, Known) else 0
         envelope = Envelope(state_id(policy.scope, key), accepted.run, self.id, self._type, attempt, 0, 0, b"", b"")
         return self._start(engine, envelope) is not Answer.RUNNING
+
+    @staticmethod
+    def _is_its_own(accepted: Accepted) -> bool:
+        """Return whether the message is that of the run that it has made: one to start, now or at a time."""
+        waits = accepted.disposition is Disposition.QUEUED and accepted.delay is not None
+        return accepted.disposition is Disposition.DISPATCHED or waits
 
     def _fits(self, arguments: tuple[Any, Any]) -> bool:
         """Return whether the body can be called; if not, its own TypeError says more than a key could."""

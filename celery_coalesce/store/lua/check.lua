@@ -13,7 +13,12 @@ if asked.returned and not run.returned then
   run.returned = true
   write_run(run)
 end
-local answer = {'running', head.open[run.task] and '1' or '0'}
+-- One that has a slot beside this run does not wait for its end.
+local superseded = '0'
+for _, run_id in ipairs(head.open[run.task] or {}) do
+  if not head.active[run_id] then superseded = '1' end
+end
+local answer = {'running', superseded}
 if asked.after then
   for number = run.told + asked.after + 1, math.min(run.followers, run.told + asked.after + 100) do
     answer[#answer + 1] = redis.call('HGET', rec, 'fol:' .. run.box .. ':' .. number)

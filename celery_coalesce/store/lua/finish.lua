@@ -44,7 +44,7 @@ local function finish()
     local till = asked.once > 0 and now + asked.once or nil
     keep('once:' .. run.task, {run = run.id, task_id = run.task_id, till = till})
   end
-  if asked.rest then keep('rest', {from = now, cooldown = asked.cooldown, till = now + asked.rest}) end
+  if asked.rest then rest_from_now(asked.cooldown, asked.rest) end
   if asked.outcome then note(KEYS[13], run) end
   local drained = forget(head, run, asked.rests)
   if drained then

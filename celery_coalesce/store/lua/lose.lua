@@ -38,6 +38,7 @@ local function lose()
   if run.late and not run.ending then
     local lost = {lost_lease(head, run)}
     run.state, run.token, run.owner, run.claim, run.losses, run.again = 'dispatched', nil, nil, nil, 0, true
+    run.returned = nil
     run.lost_of, run.lost = asked.owner .. asked.nonce, lost
     set_timer(run, now + asked.redispatch)
     write_run(run)

@@ -12,6 +12,7 @@ if run and run.state == 'dispatched' and run.requeued == asked.token then return
 if not run or run.state ~= 'running' or run.token ~= asked.token then return {'lost'} end
 run.requeued = run.token
 run.state, run.token, run.owner, run.claim, run.losses, run.again = 'dispatched', nil, nil, nil, 0, true
+run.returned = nil
 set_timer(run, now + asked.redispatch)
 write_run(run)
 redis.call('SREM', KEYS[11], ref(run))

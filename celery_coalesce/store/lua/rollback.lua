@@ -22,6 +22,7 @@ local function rollback()
   end
   if run.triggers == asked.triggers and run.followers == asked.followers and not run.joined then
     for n = 1, run.followers do redis.call('HDEL', rec, 'fol:' .. run.box .. ':' .. n) end
+    forget_ticks(run)
     local drained = forget(head, run, false)
     if not drained then note_sent(head, asked.nonce) end
     return {'ended', sent, drained and head.index > 0 and head.session or '', head.index - 1}

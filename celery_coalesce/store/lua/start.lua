@@ -6,8 +6,8 @@
 --   soon)
 -- Returns: running | expired | revoked | skipped, token, session, index, triggers, store, expiry in ms, key, scope,
 --   mode (skip if its task is ever called so), changed args, labels, task id of the run that was done once, what is to
---   be sent; or early, ms; carry, call; stop, process and task id and run of each that is to stop, what is to be sent;
---   or pending, duplicate, gone, unknown
+--   be sent; early, ms, what is to be sent; pending, what is to be sent; carry, call; stop, process and task id and run
+--   of each that is to stop, what is to be sent; or duplicate, gone, unknown
 -- Transition: dispatched | retrying | pending and due -> running
 -- Order: the holder's index before the run, so that a running run is always found from its dead holder.
 --# include record
@@ -44,7 +44,7 @@ local function not_before(run, at)
   run.message_at = soon and at or nil
   schedule(run, at)
   write_run(run)
-  return soon and {'early', math.max(at - now, 0)} or {'pending'}
+  return soon and {'early', math.max(at - now, 0), sent} or {'pending', sent}
 end
 
 local function start()
@@ -61,14 +61,24 @@ local function start()
     return {'duplicate'}
   end
   if run.attempt ~= asked.attempt then return {'duplicate'} end
+  if sent_by(head, asked.nonce) then return {'pending', sent} end
   if run.due > now then return not_before(run, run.due) end
   if asked.revoked and (run.triggers > 1 or run.joined) and not run.index then
     return {'carry', redis.call('HGET', rec, 'call:' .. run.id) or ''}
   end
+  if run.state == 'dispatched' and not run.index and rests_until(run) > now then
+    -- It rests first, in its turn: another message comes for it then.
+    release(head, run, false)
+    run.state = 'pending'
+    wait_in_turn(run)
+    write_run(run)
+    advance(head)
+    note_sent(head, asked.nonce)
+    return {'pending', sent}
+  end
   if run.state == 'pending' then
     run.message_at = nil
-    local first = is_first(run)
-    local answer = first and take_slots(head, run)
+    local answer = try_to_start(head, run)
     if answer ~= true then
       wait_in_turn(run)
       local asked_again = run.stopped == asked.nonce
@@ -76,7 +86,7 @@ local function start()
       if answer then return stop(head, run) end
       clear_timer(run)
       write_run(run)
-      return {'pending'}
+      return {'pending', sent}
     end
     redis.call('ZREM', wait, run.id)
   end

@@ -37,7 +37,7 @@ local function look(head, run)
   run.message_at, run.unsent, run.unpublished = nil, nil, nil
   clear_timer(run)
   write_run(run)
-  if is_first(run) and stops_at(head, run) and run.stop_at <= now and not fits(head, run.limit) then
+  if stops_at(head, run) and run.stop_at <= now and not fits(head, run.limit) then
     return stop(head, run)
   end
   advance(head)

@@ -102,7 +102,7 @@ local function place(head, run)
     run.state = 'pending'
     return schedule(run, run.due)
   end
-  local answer = is_first(run) and take_slots(head, run)
+  local answer = try_to_start(head, run)
   if answer == true then
     redis.call('ZREM', wait, run.id)
     dispatch(run)
@@ -150,27 +150,23 @@ local function flight(head)
   return waiting and read_run(waiting) or nil
 end
 
+-- Of a burst no two runs are made, however many slots there are, and however many may wait.
+local function of_a_burst(head)
+  local open = head.open[asked.task] or {}
+  return asked.quiet and #open > 0 and not head.active[open[#open]]
+end
+
 -- A slot that this trigger's new run could have. Runs that wait for their time hold none, but stand in for one:
 -- else an earlier trigger would start a second run instead of pulling the first forward.
 local function has_room(head)
   if redis.call('EXISTS', wait) == 1 then return false end
+  if of_a_burst(head) then return false end
   local open = joins() and head.open[asked.task] or {}
-  -- Of a burst no two runs are made, however many slots there are.
-  if asked.quiet and #open > 0 and not head.active[open[#open]] then return false end
   local reserved = 0
   for _, run_id in ipairs(open) do
     if not head.active[run_id] then reserved = reserved + 1 end
   end
   return fits(head, asked.limit, reserved)
-end
-
-local function same_needs(run)
-  local own, new = run.needs or {}, asked.needs or {}
-  if #own ~= #new then return false end
-  for position, need in ipairs(own) do
-    if need.id ~= new[position].id then return false end
-  end
-  return true
 end
 
 -- When a run is due that covers one more trigger: the earliest time that any of them asked for, except that every
@@ -198,7 +194,7 @@ local function merge(head, run)
     -- The arguments are the later trigger's from now on, and with them what they need of others.
     redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])
     run.version = run.version + 1
-    if not same_needs(run) then needs = asked.needs end
+    if not same_needs(run, asked.needs) then needs = asked.needs end
   end
   run.triggers = run.triggers + 1
   run.store = run.store or asked.store
@@ -237,14 +233,16 @@ local function done_for()
   if done or not asked.tick then return done end
   local packed = redis.call('HGET', kept, 'tick:' .. asked.tick.entry)
   local last = packed and cmsgpack.unpack(packed)
-  return last and last.till > now and last.moment == asked.tick.moment and last or nil
+  if not last or last.by == asked.tick.by or last.moment ~= asked.tick.moment then return nil end
+  return last.at + asked.tick.lasts > now and last or nil
 end
 
--- A tick of a schedule has its run: should another beat fire it as well, it needs no other.
+-- A tick of a schedule has its run: should another beat fire it as well, it needs no other. A beat's own ticks are all
+-- its own, however soon one comes after the other.
 local function note_tick(answer)
   if asked.tick and answer[1] ~= 'merge' and answer[1] ~= 'rejected' then
-    keep('tick:' .. asked.tick.entry, {run = answer[2], task_id = answer[3], till = now + asked.tick.lasts,
-                                       moment = asked.tick.moment})
+    keep('tick:' .. asked.tick.entry, {run = answer[2], task_id = answer[3], by = asked.tick.by,
+                                       moment = asked.tick.moment, at = now, till = now + asked.tick.lasts})
   end
   return answer
 end
@@ -267,7 +265,8 @@ local function cover(head)
     end
   end
   local open = head.open[asked.task] or {}
-  if not joins() or has_room(head) or #open < asked.max_queued then
+  local new = has_room(head) or (#open < asked.max_queued and not of_a_burst(head))
+  if not joins() or new then
     if asked.target then return AGAIN end
     return create(head)
   end

@@ -8,7 +8,10 @@ end
 -- unstarted -> cleared: no slot, not to run, its callers to be told by whoever comes at `at`. The timer stands before
 -- the run leaves the queue, so that they are told whoever dies. The caller writes the run, and advances the key.
 local function take_out(head, run, outcome, why, at)
-  release(head, run, false)
+  -- One that waits for a retry has begun, and is rested from.
+  local begun = run.index and head.active[run.id] and true
+  if begun and run.cooldown then rest_from_now(run.cooldown, run.cooldown) end
+  release(head, run, begun)
   close(head, run)
   run.state, run.token, run.outcome, run.why = 'cleared', mint(), outcome, why
   set_timer(run, at)

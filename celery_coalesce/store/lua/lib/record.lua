@@ -29,9 +29,8 @@ local function server_id()
   return type(info) == 'string' and info:match('run_id:(%w+)') or ''
 end
 
--- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that
--- numbers grow
--- even over a loss of the store, or of a part of it.
+-- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers
+-- grow even over a loss of the store, or of a part of it.
 local function mint()
   local last = redis.call('HGET', meta, 'last')
   local number = micros()
@@ -124,6 +123,25 @@ end
 local function keep(field, value)
   redis.call('HSET', kept, field, cmsgpack.pack(value))
   expire_kept()
+end
+
+-- A run has ended: the key rests for its cooldown, and for what is left of an earlier one; kept for as long as any task
+-- of the scope could ask.
+local function rest_from_now(cooldown, longest)
+  local packed = redis.call('HGET', kept, 'rest')
+  local before = packed and cmsgpack.unpack(packed) or {from = 0, cooldown = 0, till = 0}
+  local left = math.max(before.from + before.cooldown - now, cooldown)
+  keep('rest', {from = now, cooldown = left, till = math.max(now + longest, before.till)})
+end
+
+-- The tick that a run was made for has none: another beat's may have it.
+local function forget_ticks(run)
+  local fields = redis.call('HGETALL', kept)
+  for position = 1, #fields, 2 do
+    local ours = cmsgpack.unpack(fields[position + 1]).run == run.id
+    if ours and fields[position]:sub(1, 5) == 'tick:' then redis.call('HDEL', kept, fields[position]) end
+  end
+  if #fields > 0 and redis.call('EXISTS', kept) == 1 then expire_kept() end
 end
 
 -- The success after which further triggers of a task need no run.

@@ -62,6 +62,15 @@ local function leave_lines(run)
   end
 end
 
+local function same_needs(run, needs)
+  local own = run.needs or {}
+  if #own ~= #(needs or {}) then return false end
+  for position, need in ipairs(own) do
+    if need.id ~= needs[position].id then return false end
+  end
+  return true
+end
+
 -- All constraints at once, or none. Returns true; or the time from which on, if only clocks stand in the way; or
 -- false: then the run stands in line, and is nudged.
 local function take_constraints(run)
@@ -137,6 +146,15 @@ local function stops_at(head, run)
   return nil
 end
 
+-- Until when a run may not start that has its slots already: others that ended since are rested from as well.
+local function rests_until(run)
+  local at = rested_at(run)
+  for _, need in ipairs(run.needs or {}) do
+    at = math.max(at, tonumber(redis.call('ZSCORE', resting, need.id) or '0'))
+  end
+  return at
+end
+
 -- waiting -> (holds its slots). Returns true; or the time at which to look again; or false: somebody who ends will.
 local function take_slots(head, run)
   if not fits(head, run.limit) then
@@ -157,6 +175,13 @@ end
 local function is_first(run)
   local first = redis.call('ZRANGE', wait, 0, 0, 'WITHSCORES')
   return not first[2] or tonumber(first[2]) >= tonumber(run.seq)
+end
+
+-- due -> (holds its slots), if it is its turn; else, as of take_slots. A run that replaces another need not be the
+-- first to have that one stopped.
+local function try_to_start(head, run)
+  if is_first(run) then return take_slots(head, run) end
+  return not fits(head, run.limit) and stops_at(head, run) or false
 end
 
 -- due -> waiting, by its acceptance. Whoever was the first of the key, and is not any more, stands in no line.

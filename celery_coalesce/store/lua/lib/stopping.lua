@@ -17,6 +17,7 @@ local function stop(head, run)
   end
   -- Whoever does not hear of it is told again.
   run.stop_at, run.stopped = now + asked.lease, asked.nonce
+  schedule(run, run.stop_at)
   write_run(run)
   advance(head)
   write_head(head)
