@@ -29,10 +29,11 @@ from .errors import (
     Superseded,
     UnknownStep,
 )
+from .holding import HeldLease, Hold
 from .options import Constraint
 from .planning import PlannedRun
 from .result import CoalescedResult
-from .states import Disposition, Outcome
+from .states import Disposition, Outcome, RunState
 from .task import CoalescedTask
 from .views import ConstraintView, RunMeta, RunView, TaskHistory, TriggerMeta
 
@@ -44,6 +45,8 @@ __all__ = [
     "Constraint",
     "ConstraintView",
     "Disposition",
+    "HeldLease",
+    "Hold",
     "HoldTimeout",
     "InvalidKey",
     "LeaseLost",
@@ -54,6 +57,7 @@ __all__ = [
     "PredecessorFailed",
     "QueueFull",
     "RunMeta",
+    "RunState",
     "RunView",
     "SettingError",
     "StoreError",

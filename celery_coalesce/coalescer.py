@@ -15,7 +15,7 @@ from .sharing import share
 from .views import ConstraintView, RunView, TaskHistory
 
 if TYPE_CHECKING:
-    from celery import Celery
+    from celery import Celery, Task
 
     from .task import CoalescedTask
 
@@ -46,44 +46,54 @@ class Coalescer:
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
-    def runs(self, *, labels: Mapping[str, str] | None = None, task: str | None = None) -> list[RunView]:
+    def runs(self, *, labels: Mapping[str, str] | None = None, task: Task | str | None = None) -> list[RunView]:
         """Return the runs that wait or go on, the oldest session of a key first.
 
         One round trip for each busy key.
 
+        Holds and shared calls are among them, under names that begin with ``celery_coalesce.``.
+
         Args:
-            labels: Only those that have all of these labels.
-            task: Only those of the task with this name.
+            labels: Only those that have all of these labels, texts by name.
+            task: Only those of this task, or of the task with this name.
 
         Raises:
+            ValueError: The task is none, or the labels are no texts by name.
             StoreUnavailable: The state server can not be reached.
+
+        .. versionadded:: 0.1
         """
         transitions = engine_of(self.app).transitions
-        wanted = (labels or {}).items()
+        wanted = _checked_labels(labels).items()
+        name = None if task is None else _name_of(task)
         found: list[RunView] = []
         for state in transitions.busy():
             view = transitions.show_state(state)
             found += RunView.all_of(state, view) if view is not None else ()
-        return [run for run in found if wanted <= run.labels.items() and task in (None, run.name)]
+        return [run for run in found if wanted <= run.labels.items() and name in (None, run.name)]
 
     def constraints(self) -> list[ConstraintView]:
         """Return the constraints that are in use, or have a limit of their own.
 
         Raises:
             StoreUnavailable: The state server can not be reached.
+
+        .. versionadded:: 0.1
         """
         return sorted(engine_of(self.app).transitions.constraints(), key=lambda each: each.name)
 
-    def history(self, task: str) -> TaskHistory:
+    def history(self, task: Task | str) -> TaskHistory:
         """Return how often a task has run and failed, and how its last run ended.
 
         Args:
-            task: The task's name.
+            task: The task, or its name.
 
         Raises:
             StoreUnavailable: The state server can not be reached.
+
+        .. versionadded:: 0.1
         """
-        return engine_of(self.app).transitions.history(task)
+        return engine_of(self.app).transitions.history(_name_of(task))
 
     def planned(self, limit: int = 10, schedule: Mapping[str, Any] | None = None) -> list[PlannedRun]:
         """Return the next planned runs of coalesced tasks that beat calls, soonest first.
@@ -117,6 +127,8 @@ class Coalescer:
         Raises:
             ValueError: The name is empty, or the limit is no whole number from 0 on.
             StoreUnavailable: The state server can not be reached.
+
+        .. versionadded:: 0.1
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"a constraint's name is a non-empty string, not {name!r}")
@@ -168,8 +180,8 @@ class Coalescer:
         self,
         key: str,
         fn: Callable[[], Value],
-        *,
         timeout: float | None = TIMEOUT,
+        *,
         scope: str = SHARE,
     ) -> Value:
         """Call a function once for all who ask for the same key at the same time, in whatever process.
@@ -210,3 +222,18 @@ def _checked_key(what: str, key: object) -> str:
     if not isinstance(key, str) or not key:
         raise InvalidKey(what, key, f"a key is a non-empty string, not {key!r}")
     return key
+
+
+def _name_of(task: Task | str) -> str:
+    name = task if isinstance(task, str) else getattr(task, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"task={task!r} is neither a task nor a task's name")
+    return name
+
+
+def _checked_labels(labels: object) -> Mapping[str, str]:
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping) or not all(isinstance(text, str) for pair in labels.items() for text in pair):
+        raise ValueError(f'labels={labels!r} is no mapping of texts to texts; write {{"tenant": "7"}}')
+    return labels

@@ -29,15 +29,11 @@ class Engine:
     transitions: Transitions
     #: The event bus of a process that is no worker.
     producer_bus: EventBus
-    _rests: dict[str, float] = field(default_factory=dict)
+    _by_scope: dict[tuple[str, int], list[Policy]] = field(default_factory=dict)
 
     def longest_rest(self, scope: str) -> float:
         """Return the longest ``coalesce_cooldown`` of the tasks that share a scope, in seconds."""
-        rest = self._rests.get(scope)
-        if rest is None:
-            rest = max((policy.cooldown for policy in self._policies(scope)), default=0.0)
-            self._rests[scope] = rest
-        return rest
+        return max((policy.cooldown for policy in self._policies(scope)), default=0.0)
 
     def has_task(self, scope: str) -> bool:
         """Return whether any task has a scope."""
@@ -48,8 +44,14 @@ class Engine:
         return min((policy.limit for policy in self._policies(scope)), default=1)
 
     def _policies(self, scope: str) -> list[Policy]:
-        policies = (getattr(task, "coalesce_policy", None) for task in self.app.tasks.values())
-        return [policy for policy in policies if policy is not None and policy.scope == scope]
+        # Asked at every end of a run; tasks may be added, and never change.
+        known = (scope, len(self.app.tasks))
+        found = self._by_scope.get(known)
+        if found is None:
+            policies = (getattr(task, "coalesce_policy", None) for task in self.app.tasks.values())
+            found = [policy for policy in policies if policy is not None and policy.scope == scope]
+            self._by_scope[known] = found
+        return found
 
 
 def engine_of(app: Celery) -> Engine:

@@ -120,7 +120,7 @@ class PredecessorFailed(CoalesceError):
         self.task, self.key, self.problem = task, key, problem
 
     def __str__(self) -> str:
-        return f"{self.task}: key {self.key!r} was stopped: {self.problem}"
+        return f"{self.task}: key {self.key!r} was stopped: {self.problem}; call again"
 
 
 class Superseded(CoalesceError, TaskRevokedError):
@@ -169,7 +169,7 @@ class NotReentrant(CoalesceError, RuntimeError):
         self.key = key
 
     def __str__(self) -> str:
-        return f"key {self.key!r} is held by this very code already, and can not be held twice"
+        return f"key {self.key!r} is held by this very code already; hold it once around both, or leave it first"
 
 
 class UnknownStep(CoalesceError, LookupError):

@@ -90,7 +90,7 @@ class ConstraintView:
         declared: What its tasks last said about that; ``None`` if none has run since a limit was set.
         running: How many runs hold a slot.
         waiting: How many runs wait in line, one of each key at most.
-        rests: Seconds until it has rested.
+        cooldown_left: Seconds until another run may start, as far as its cooldown goes.
 
     .. versionadded:: 0.1
     """
@@ -100,7 +100,7 @@ class ConstraintView:
     declared: int | None
     running: int
     waiting: int
-    rests: float
+    cooldown_left: float
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,30 @@ class Operating(Base):
         view = json.loads(reply[2])
         return RecordView(as_text(reply[1]), view["head"], tuple(view["runs"] or ()), int(view["now"]))
 
+    def lease_of(self, ref: str, owner: str) -> Lease | None:
+        """Return the lease of that name, if the process still holds it."""
+        state, run_id = ref.split("/")
+        view = self.show_state(state)
+        if view is None:
+            return None
+        for run in view.runs:
+            if run["id"] == run_id and run.get("owner") == owner:
+                return Lease(
+                    state=state,
+                    run=run_id,
+                    task_id=run["task_id"],
+                    task=run["task"],
+                    attempt=run["attempt"],
+                    token=run["token"],
+                    session=view.head["session"],
+                    index=run["index"],
+                    triggers=run["triggers"],
+                    key=view.key,
+                    scope=view.head["scope"],
+                    owner=owner,
+                )
+        return None
+
     def busy(self) -> Iterator[str]:
         """Yield the state ids of busy keys, the oldest session first."""
         after = ""
@@ -106,14 +130,14 @@ class Operating(Base):
         cursor = "0"
         while True:
             reply = self._plain("constraints", self.store.names.constraints, cursor=cursor)
-            for name, declared, own, running, waiting, rests in reply[2:]:
+            for name, declared, own, running, waiting, left in reply[2:]:
                 yield ConstraintView(
                     name=as_text(name),
                     declared=int(declared) if int(declared) >= 0 else None,
                     limit=int(own) if int(own) >= 0 else int(declared),
                     running=int(running),
                     waiting=int(waiting),
-                    rests=int(rests) / 1000,
+                    cooldown_left=int(left) / 1000,
                 )
             cursor = as_text(reply[1])
             if cursor == "0":

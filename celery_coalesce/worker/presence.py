@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from celery import bootsteps
 from celery.signals import worker_shutdown
 
+from ..dispatch import publish_all
 from ..engine import engine_of
 from ..errors import CoalesceError, StoreUnavailable
+from ..plain import PLAIN
 from ..presence import WORKER_PRESENCE, ProcessPresence
 from ..signals import EventBus
 
@@ -22,19 +25,21 @@ if TYPE_CHECKING:
 
     from ..records import Lease
 
-__all__ = ["Presence", "PresenceThread", "is_alive", "presence_of"]
+__all__ = ["Presence", "WorkerPresence", "is_alive", "presence_of"]
+
+logger = logging.getLogger("celery_coalesce")
 
 #: Seconds after which a dead pool process is not going to be reported by Celery any more, which takes up to ten.
 DEAD_FOR = 15.0
 
 
-def presence_of(app: Celery) -> PresenceThread:
+def presence_of(app: Celery) -> WorkerPresence:
     """Return the presence of the worker that this process is, or was forked from.
 
     Raises:
         CoalesceError: It is no worker, or the bootstep was not installed in time.
     """
-    presence: PresenceThread | None = app.__dict__.get(WORKER_PRESENCE)
+    presence: WorkerPresence | None = app.__dict__.get(WORKER_PRESENCE)
     if presence is None:
         raise CoalesceError("this worker has no presence: the app's tasks were bound after it was built")
     return presence
@@ -50,7 +55,7 @@ class Presence(bootsteps.StartStopStep):
 
     def __init__(self, worker: WorkController, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
-        self.thread = PresenceThread(worker)
+        self.thread = WorkerPresence(worker)
         worker.app.__dict__[WORKER_PRESENCE] = self.thread
         # Before the pool forks. A store that is not there yet is waited for.
         with contextlib.suppress(StoreUnavailable):
@@ -66,7 +71,7 @@ class Presence(bootsteps.StartStopStep):
         worker_shutdown.connect(self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}")
 
 
-class PresenceThread(ProcessPresence):
+class WorkerPresence(ProcessPresence):
     """One worker process, as the state server knows it.
 
     Args:
@@ -78,6 +83,8 @@ class PresenceThread(ProcessPresence):
         self._worker = worker
         #: Since when a lease has been without a living process, by the monotonic clock.
         self._dead: dict[str, float] = {}
+        #: Since when a lease has been known to the store alone.
+        self._unknown: dict[str, float] = {}
 
     @property
     def consumer(self) -> Any:
@@ -106,6 +113,33 @@ class PresenceThread(ProcessPresence):
                 # Not acknowledged: the broker gives its message back.
                 transitions.requeue(lease)
         super()._goodbye()
+
+    def _reconcile(self) -> None:
+        super()._reconcile()
+        self._give_up_unknown()
+
+    def _give_up_unknown(self) -> None:
+        """Have dispatched again what this process holds and knows nothing of: the answer that gave it was lost.
+
+        The gate asks again for the message that it has, and gets the same answer; this is for one that went back to the
+        broker meanwhile. No body has begun.
+        """
+        engine = engine_of(self._app)
+        transitions = engine.transitions
+        unknown = set(transitions.held(self.owner)) - self._leases.keys()
+        self._unknown = {ref: self._unknown.get(ref, time.monotonic()) for ref in unknown}
+        for ref, since in self._unknown.items():
+            if time.monotonic() - since < transitions.timing.lease / 1000:
+                continue
+            lease = transitions.lease_of(ref, self.owner)
+            if lease is not None and lease.task not in PLAIN:
+                logger.warning(
+                    "Run %s of %s was given to this worker, which has not heard of it",
+                    lease.run,
+                    lease.task,
+                    extra={"action": "unknown_lease", "run_id": lease.run, "task_id": lease.task_id},
+                )
+                publish_all(engine, transitions.requeue(lease) or ())
 
     def _bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> Iterator[tuple[Lease, bool]]:
         """Yield also those whose pool child is gone without a word: it died with a report that waited for the store."""

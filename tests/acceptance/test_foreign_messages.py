@@ -277,3 +277,15 @@ def test_nothing_is_left_but_the_tombstone(foreign: Celery, app: HarnessApp, jou
     result.get(timeout=20)
     journal.wait("coalesce_drain", timeout=20)
     assert engine_of(app).transitions.show("queue", journal.key()) is None
+
+
+@pytest.mark.parametrize("name", ["rested", "debounced"])
+def test_message_whose_run_has_to_wait_is_its_wake_up(
+    name: str, app: HarnessApp, worker: WorkerProcess, journal: Journal
+) -> None:
+    """It is kept until its run may start: nobody else would publish another for a minute."""
+    first = app.send_task(name, (journal.key(), 1))
+    assert first.get(timeout=20) == 1
+    journal.wait("coalesce_drain", timeout=20)
+    second = app.send_task(name, (journal.key(), 2))
+    assert second.get(timeout=20) == 2

@@ -452,7 +452,8 @@ class TestThePresence:
         told: Future[Any] = Future()
 
         def announced(meta: Any = None, **_: Any) -> None:
-            told.set_result(meta)
+            if meta.key == journal.key():
+                told.set_result(meta)
 
         coalesce_drain.connect(announced)
         try:

@@ -11,6 +11,9 @@ import pytest
 from kombu.exceptions import OperationalError
 
 from celery_coalesce import Disposition, StoreUnavailable
+from celery_coalesce.engine import engine_of
+from celery_coalesce.keys import state_id
+from celery_coalesce.records import Envelope
 from tests.integration.sites import Site, queued, unacknowledged
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal, assert_no_overlap
@@ -121,6 +124,40 @@ class TestAtTheGate:
         site.wait_idle()
         wait_until(lambda: unacknowledged(site.app) == 0, 10)
         assert len(journal.events("start", key="held")) == 1
+
+    def test_an_answer_that_came_too_late_loses_no_run(self, site: Site, journal: Journal) -> None:
+        """The server gave the lease, and froze: asked again, it gives the same."""
+        worker = site.worker()
+        queue = site.app.tasks["queue"]
+        assert queue.delay(journal.key("warm"), 1).get(timeout=20) == 1
+        site.wait_idle()
+        worker.signal(signal.SIGSTOP)
+        result = queue.delay(journal.key(), 2)
+        site.state.pause()
+        worker.signal(signal.SIGCONT)
+        # The worker's question waits in the frozen server's socket, and is given up.
+        wait_until(lambda: "waits for the state server" in worker.logs(), 20)
+        site.state.resume()
+        assert result.get(timeout=30) == 2
+        assert len(journal.events("start", key="key")) == 1
+
+    def test_a_lease_that_nobody_has_heard_of_is_given_up(self, site: Site, journal: Journal) -> None:
+        """Its message went back to the broker with the answer lost: as a duplicate it was let go."""
+        worker = site.worker()
+        queue = site.app.tasks["queue"]
+        assert queue.delay(journal.key("warm"), 1).get(timeout=20) == 1
+        site.wait_idle()
+        with site.state.client() as client:
+            (owner,) = client.zrange("{coalesce}:presence", 0, -1)
+        worker.signal(signal.SIGSTOP)
+        result = queue.delay(journal.key(), 2)
+        state = state_id("queue", journal.key())
+        envelope = Envelope(state, str(result.run_id), result.id, "queue", 0, 0, 0, b"", b"")
+        transitions = engine_of(site.app).transitions
+        assert transitions.start(envelope, owner=owner, claim="lost", late=False, revoked=False).lease is not None
+        worker.signal(signal.SIGCONT)
+        assert result.get(timeout=30) == 2
+        assert "has not heard of it" in worker.logs()
 
     def test_held_messages_take_no_place_in_the_prefetch(self, site: Site, journal: Journal) -> None:
         """More messages wait for the store than the worker may prefetch, and plain ones still come."""
