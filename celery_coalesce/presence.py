@@ -196,8 +196,8 @@ class ProcessPresence:
         wait = self._sweep_at - time.monotonic()
         if wait > 0:
             return min(wait, AWAY_AGAIN) if self._unreported else wait
-        self._reconcile()
         self._sweep()
+        self._reconcile()
         transitions = engine_of(self._app).transitions
         overdue_in = transitions.heartbeat(self.owner)
         # What could not be moved on stays overdue: no busy loop over it.

@@ -79,7 +79,7 @@ class ReportingRequest(Request):
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """Note which process runs the body."""
         if self._lease is not None:
-            presence_of(self.app).accepted(self._lease, pid)
+            presence_of(self.app).accepted(self._lease, self._process(pid))
         super().on_accepted(pid, time_accepted)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
@@ -177,12 +177,17 @@ class ReportingRequest(Request):
         lease, self._lease = self._lease, None
         return lease
 
+    def _process(self, pid: int | None) -> int | None:
+        """Return the process that runs the body: gevent and eventlet give a greenlet's id for it."""
+        pool = getattr(presence_of(self.app).consumer, "pool", None)
+        return os.getpid() if getattr(pool, "is_green", False) else pid
+
     def _once_dead(self, report: Callable[[], None]) -> None:
         """Report once the pool child that ran the body is gone.
 
         A hard time limit is announced before the process is killed.
         """
-        pid = self.worker_pid
+        pid = self._process(self.worker_pid)
         consumer = presence_of(self.app).consumer
         if self._returned or pid is None or pid == os.getpid() or not is_alive(pid) or consumer is None:
             report()

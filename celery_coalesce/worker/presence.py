@@ -101,7 +101,7 @@ class WorkerPresence(ProcessPresence):
         """Note a lease that hangs from this process."""
         self._leases[lease.ref] = (lease, None)
 
-    def accepted(self, lease: Lease, pid: int) -> None:
+    def accepted(self, lease: Lease, pid: int | None) -> None:
         """Note which process runs a lease's body."""
         self._leases[lease.ref] = (lease, pid)
 

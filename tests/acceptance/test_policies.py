@@ -337,6 +337,27 @@ class TestReplace:
         assert [old.get(timeout=SOON), newer.get(timeout=SOON)] == [1, 2]
         assert_no_overlap(journal.events())
 
+    @pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+    def test_a_green_worker_sweeps_while_a_run_goes_on(
+        self, pool: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """And terminates what is to be replaced."""
+        app = make_app(conf={"coalesce_lease": 2, "coalesce_redispatch_after": 1})
+        worker = make_worker(app, pool=pool, concurrency=10)
+        app.tasks["queue"].delay(journal.key("long"), gate="long")
+        journal.wait("start", key="long", timeout=SOON)
+        # Four seconds are too far for a message: a sweep dispatches it.
+        far = app.tasks["queue"].apply_async((journal.key("far"), 1), countdown=4)
+        assert far.get(timeout=SOON) == 1
+        task = app.tasks["replaced_soon"]
+        old = task.delay(journal.key("old"), 1, gate="never")
+        journal.wait("start", key="old", timeout=SOON)
+        assert task.delay(journal.key("old"), 2).get(timeout=SOON) == 2
+        with pytest.raises(Superseded):
+            old.get(timeout=SOON)
+        journal.open("long")
+        assert "The heartbeat failed" not in worker.logs()
+
     @pytest.mark.parametrize("pool", ["threads", "solo"])
     def test_a_pool_that_can_not_terminate_goes_on(
         self, pool: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
