@@ -6,6 +6,8 @@ Apps of `make_app` know them as well, and workers of `make_worker` include them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from tests.acceptance import (
 )
 from tests.support.app import HarnessApp
 from tests.support.app import make_app as make_harness_app
+from tests.support.holders import Holder
 from tests.support.journal import Journal
 from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
@@ -92,3 +95,24 @@ def make_worker(make_worker: Callable[..., WorkerProcess]) -> Callable[..., Work
         return make_worker(app, include=INCLUDE, **options)
 
     return make
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for those who wait or call."""
+    with ThreadPoolExecutor(32) as executor:
+        yield executor
+
+
+@pytest.fixture
+def start_holder() -> Iterator[Callable[..., Holder]]:
+    """Start a process of plain code: `start_holder(app, journal, function, key, **options)`."""
+    with ExitStack() as stack:
+
+        def start(*args: Any, **options: Any) -> Holder:
+            holder = Holder(*args, **options)
+            stack.callback(holder.close)
+            holder.launch()
+            return holder
+
+        yield start

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -46,27 +46,6 @@ MakeWorker = Callable[..., WorkerProcess]
 
 PATIENCE = 20  # seconds
 SHORT = {"coalesce_lease": 2}
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for those who wait."""
-    with ThreadPoolExecutor(32) as executor:
-        yield executor
-
-
-@pytest.fixture
-def start_holder() -> Iterator[Callable[..., Holder]]:
-    """Start a process of plain code: `start_holder(app, journal, function, key, **options)`."""
-    with ExitStack() as stack:
-
-        def start(*args: Any, **options: Any) -> Holder:
-            holder = Holder(*args, **options)
-            stack.callback(holder.close)
-            holder.launch()
-            return holder
-
-        yield start
 
 
 def waiting(app: HarnessApp, key: str) -> int:
@@ -537,8 +516,9 @@ else:
     import eventlet
     eventlet.monkey_patch()
     run = lambda each: [thread.wait() for thread in [eventlet.spawn(each, n) for n in range(20)]]
-import time
-from celery_coalesce import Coalescer, HoldTimeout, NotReentrant
+from celery_coalesce import Coalescer, NotReentrant
+from celery_coalesce.engine import engine_of
+from celery_coalesce.plain import SHARE
 from tests.support.app import make_app
 
 coalescer = Coalescer(make_app(sys.argv[2], sys.argv[2]))
@@ -547,20 +527,24 @@ inside, calls = [], []
 def hold(number):
     with coalescer.hold("k", scope="s", timeout=20) as lease:
         inside.append(number)
-        time.sleep(0.01)
+        lease.check()  # asks the server: the others go on meanwhile
         assert inside == [number]
         inside.clear()
-        lease.check()
         try:
             with coalescer.hold("k", scope="s"):
                 raise SystemExit("entered twice")
         except NotReentrant:
             pass
 
+def followers():
+    view = engine_of(coalescer.app).transitions.show(SHARE, "k")
+    return sum(run["followers"] for run in view.runs)
+
 def share(number):
     def fn():
         calls.append(number)
-        time.sleep(1)
+        while followers() < 19:
+            pass
         return "value"
     assert coalescer.share("k", fn) == "value"
 
@@ -588,10 +572,9 @@ class TestAsync:
         async def one(number: int) -> int:
             async with coalescer.hold(key, scope="s", timeout=PATIENCE) as lease:
                 inside.append(number)
-                await asyncio.sleep(0.01)
+                await asyncio.to_thread(lease.check)
                 assert inside == [number]
                 inside.remove(number)
-                await asyncio.to_thread(lease.check)
                 return lease.token
 
         async def all_of_them() -> list[int]:
@@ -621,7 +604,8 @@ class TestAsync:
                     await other()
                 with pytest.raises(NotReentrant):
                     await asyncio.to_thread(plainly)
-                await asyncio.sleep(0.1)
+                while await asyncio.to_thread(waiting, coalescer.app, key) < 2:
+                    assert not later.done()
                 assert not later.done()
             await later
             await other()
@@ -640,7 +624,7 @@ class TestAsync:
             async with coalescer.hold(key, scope="s"):
                 waiter = asyncio.create_task(other())
                 while await asyncio.to_thread(waiting, coalescer.app, key) < 2:
-                    await asyncio.sleep(0.01)
+                    assert not waiter.done()
                 waiter.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await waiter
@@ -672,8 +656,7 @@ class TestAsync:
                     raise AssertionError("entered")
 
             waiter = asyncio.create_task(hold())
-            while not has_lease:
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(wait_until, lambda: has_lease)
             waiter.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiter

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -27,27 +26,6 @@ MakeApp = Callable[..., HarnessApp]
 StartHolder = Callable[..., Holder]
 
 PATIENCE = 20  # seconds
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads for those who call."""
-    with ThreadPoolExecutor(32) as executor:
-        yield executor
-
-
-@pytest.fixture
-def start_holder() -> Iterator[Callable[..., Holder]]:
-    """Start a process of plain code: `start_holder(app, journal, function, key, **options)`."""
-    with ExitStack() as stack:
-
-        def start(*args: Any, **options: Any) -> Holder:
-            holder = Holder(*args, **options)
-            stack.callback(holder.close)
-            holder.launch()
-            return holder
-
-        yield start
 
 
 def joined(app: HarnessApp, key: str, scope: str = SHARE) -> int:
