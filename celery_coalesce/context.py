@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, TaskPredicate
 
 from . import signals
 from .errors import LeaseLost, StoreUnavailable
 from .progress import PROGRESS, Progress
-from .records import Lease
+from .records import Cleared, Lease
 from .setups import value_of
 from .signals import EventBus
 from .states import Mode
@@ -214,6 +214,9 @@ class Run(InlineRun):
         #: Followers that were handed on to a replacement, and are not this attempt's to tell.
         self.handed_on: int | None = None
         self.traceback: str | None = None
+        #: What is done about a failure before anybody can know of it, and what that has taken out of the queue.
+        self.failing: Callable[[Exception], None] | None = None
+        self.stopped: tuple[Cleared, ...] | None = None
 
     def check(self) -> None:
         """Ask whether this run still has its lease.
@@ -291,6 +294,8 @@ class Run(InlineRun):
             self._returned(calls_on)
             if self.lost:
                 raise Ignore(str(error)) from error
+            if self.failing is not None and not isinstance(error, TaskPredicate):
+                self.failing(error)
             raise
         finally:
             self._in_body = False

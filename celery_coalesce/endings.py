@@ -41,6 +41,7 @@ __all__ = [
     "done_once",
     "end_run",
     "policy_of",
+    "stop_waiting",
     "stored_ending",
     "tell_caller",
     "tell_cleared",
@@ -82,7 +83,15 @@ class Ending:
         return self.outcome in (Outcome.FAILED, Outcome.LOST)
 
 
-def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told: int = 0) -> bool:
+def end_run(
+    engine: Engine,
+    lease: Lease,
+    ending: Ending,
+    bus: EventBus,
+    *,
+    told: int = 0,
+    stopped: tuple[Cleared, ...] | None = None,
+) -> bool:
     """Tell a run's followers, end it, publish what takes its place, and announce the session's drain.
 
     Args:
@@ -91,6 +100,7 @@ def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told
         ending: How it ended.
         bus: Where its events go.
         told: How many of its followers need not be told any more.
+        stopped: What its failure has taken out of the queue, if that was done when its body raised.
 
     Returns:
         Whether the lease still held.
@@ -98,7 +108,8 @@ def end_run(engine: Engine, lease: Lease, ending: Ending, bus: EventBus, *, told
     Raises:
         StoreUnavailable: The run goes on being this lease's; call again.
     """
-    stopped = _stop_waiting(engine, lease, ending)
+    if stopped is None:
+        stopped = stop_waiting(engine, lease, ending)
     ended = _ended(engine, lease, ending)
     watched = signals.is_watched(signals.coalesce_drain, bus)
     # A producer that clears a key knows nothing of who listens elsewhere: a worker announces that drain.
@@ -142,7 +153,7 @@ def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:
     )
 
 
-def _stop_waiting(engine: Engine, lease: Lease, ending: Ending) -> tuple[Cleared, ...]:
+def stop_waiting(engine: Engine, lease: Lease, ending: Ending) -> tuple[Cleared, ...]:
     """Take what waits behind a failed run out of the queue, if its task says so, while it still holds its slot."""
     policy = policy_of(engine.app, lease.task)
     if policy is None or policy.on_error is not OnError.STOP or not (ending.failure and lease.began):

@@ -78,6 +78,7 @@ class ProcessPresence:
         self.store_away = False
         #: Leases by their names, with the process that runs the body: ``None`` before there is one, 0 if none will.
         self._leases: dict[str, tuple[Lease, int | None]] = {}
+        self._leases_guard = threading.Lock()
         self._unreported: deque[Callable[[], Any]] = deque()
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
@@ -109,7 +110,11 @@ class ProcessPresence:
 
     def abandoned(self, lease: Lease) -> None:
         """Note a lease whose body is gone, but whose end could not be reported."""
-        self._leases[lease.ref] = (lease, 0)
+        self._note(lease, 0)
+
+    def _note(self, lease: Lease, pid: int | None) -> None:
+        with self._leases_guard:
+            self._leases[lease.ref] = (lease, pid)
 
     def report_later(self, report: Callable[[], Any]) -> None:
         """Have an end reported by the presence's own thread, as soon as the store is back."""
@@ -237,9 +242,11 @@ class ProcessPresence:
         if len(held) >= SLICE:
             # More than one look returns: those that are missing may be held all the same.
             return
-        for ref in known:
-            if ref not in held:
-                self._leases.pop(ref, None)
+        for ref, each in known.items():
+            with self._leases_guard:
+                # The next attempt of a run has the same name, and may have come meanwhile.
+                if ref not in held and self._leases.get(ref) is each:
+                    del self._leases[ref]
         for lease, told in self._bodiless({ref: each for ref, each in known.items() if ref in held}):
             self._end_dead(lease, told=told)
 

@@ -23,7 +23,7 @@ from . import replacements, signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
-from .endings import Ending, announce_end, announce_outcome, end_run, policy_of
+from .endings import Ending, announce_end, announce_outcome, end_run, policy_of, stop_waiting
 from .engine import Engine, engine_of
 from .errors import StoreUnavailable, Superseded
 from .progress import PROGRESS
@@ -63,8 +63,17 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
     app = task.app
     bus = EventBus(app, lease.monitored, lease.hostname)
     run = Run(engine_of(app).transitions, lease, bus, task)
+    run.failing = partial(_stop_waiting, app, run)
     request.__dict__[ATTRIBUTE] = run
     signals.emit(signals.coalesce_start, task, bus, run.meta)
+
+
+def _stop_waiting(app: Celery, run: Run, error: Exception) -> None:
+    """Take out what was waiting, if the task's failures do that, before whoever hears of this one can call again."""
+    try:
+        run.stopped = stop_waiting(engine_of(app), run.lease, Ending.failed(error))
+    except StoreUnavailable:
+        logger.info("What waits behind run %s is stopped at its end", run.lease.run, extra={"action": "stop_delayed"})
 
 
 def on_success(sender: Any, result: Any = None, **_: Any) -> None:
@@ -106,7 +115,9 @@ def on_postrun(sender: Any, task: Any, retval: Any = None, state: str | None = N
         return
     ending = _ending(task, run, retval, state)
     if ending is not None:
-        if state in (states.RETRY, REJECTED) or (ending.outcome in UNANNOUNCED and run.handed_on is None):
+        stopped = state is None and ending.outcome is Outcome.STOPPED
+        unheard = ending.outcome in UNANNOUNCED and run.handed_on is None
+        if state in (states.RETRY, REJECTED) or unheard or stopped:
             # Neither success nor failure to Celery's signals: this is the first that anybody hears of it.
             announce_outcome(task.app, run.lease, ending, run.bus)
         _report(partial(_end, task, run, ending))
@@ -139,6 +150,8 @@ def _ending(task: Any, run: Run, retval: Any, state: str | None) -> Ending | Non
         return None
     from celery.worker import state as worker_state
 
+    if getattr(worker_state.requests.get(run.lease.task_id), "superseded", False):
+        return Ending(Outcome.STOPPED, error=Superseded(task.name, run.lease.key))
     if run.lease.task_id in worker_state.revoked:
         return Ending(Outcome.REVOKED)
     return Ending.failed(Ignore("the body was stopped"))
@@ -171,7 +184,8 @@ def _complete_ignored(task: Any, run: Run) -> None:
 
 
 def _end(task: Any, run: Run, ending: Ending) -> None:
-    if not end_run(engine_of(task.app), run.lease, ending, run.bus, told=run.handed_on or 0):
+    told = run.handed_on or 0
+    if not end_run(engine_of(task.app), run.lease, ending, run.bus, told=told, stopped=run.stopped):
         run.lost = True
 
 

@@ -39,7 +39,7 @@ class ReportingRequest(Request):
     #: The lease that the gate got, until its end has been reported by this process.
     _lease: Lease | None = None
     #: A newer trigger replaces the run, which is being terminated for it; and its callers have been told.
-    _superseded = False
+    superseded = False
     _told_superseded = False
     #: The outcome has been announced: once, however often the end has to be reported.
     _outcome_told = False
@@ -54,12 +54,12 @@ class ReportingRequest(Request):
         """Terminate the run, if this request still has it and the pool can."""
         if self._lease is None or self._lease.run != run:
             return {"error": f"run {run} has ended"}
-        self._superseded = True
+        self.superseded = True
         try:
             self.terminate(pool)
         except NotImplementedError:
             # Its body can see that it is superseded, and that is all there is.
-            self._superseded = False
+            self.superseded = False
             return {"error": "this pool can not terminate a task"}
         return {"ok": f"run {run} is being stopped"}
 
@@ -69,18 +69,22 @@ class ReportingRequest(Request):
         return bool(super().store_errors) and not self._told_superseded
 
     def _announce_revoked(self, reason: str, *details: Any) -> None:
-        if self._superseded and not self._told_superseded:
+        if self.superseded and not self._told_superseded:
             if self.store_errors:
                 error = Superseded(self._type, self._lease.key if self._lease else "")
                 self.task.backend.store_result(self.id, error, states.REVOKED, request=self._context)
             self._told_superseded = True
-        super()._announce_revoked(SUPERSEDED if self._superseded else reason, *details)
+        super()._announce_revoked(SUPERSEDED if self.superseded else reason, *details)
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """Note which process runs the body."""
         if self._lease is not None:
             presence_of(self.app).accepted(self._lease, self._process(pid))
-        super().on_accepted(pid, time_accepted)
+        try:
+            super().on_accepted(pid, time_accepted)
+        except NotImplementedError:
+            # It was to be terminated before it began, and this pool can not: the body runs.
+            self.superseded, self._terminate_on_ack = False, None
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Report the end of a run whose process can not: killed, terminated, out of time."""
@@ -141,7 +145,7 @@ class ReportingRequest(Request):
             ending = self._untold(error)
         elif isinstance(error, Terminated) and self._already_cancelled:
             ending = self._untold(WorkerLostError("the worker was shut down"))
-        elif self._superseded:
+        elif self.superseded:
             ending = Ending(Outcome.STOPPED, error=Superseded(lease.task, lease.key))
         elif self._already_revoked or isinstance(error, Terminated):
             ending = Ending(Outcome.REVOKED)

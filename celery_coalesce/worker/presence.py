@@ -83,7 +83,7 @@ class WorkerPresence(ProcessPresence):
         self._worker = worker
         #: Since when a lease has been without a living process, by the monotonic clock.
         self._dead: dict[str, float] = {}
-        #: Since when a lease has been known to the store alone.
+        #: Since when a lease has been known to the store alone, by its token.
         self._unknown: dict[str, float] = {}
 
     @property
@@ -99,11 +99,11 @@ class WorkerPresence(ProcessPresence):
 
     def leased(self, lease: Lease) -> None:
         """Note a lease that hangs from this process."""
-        self._leases[lease.ref] = (lease, None)
+        self._note(lease, None)
 
     def accepted(self, lease: Lease, pid: int | None) -> None:
         """Note which process runs a lease's body."""
-        self._leases[lease.ref] = (lease, pid)
+        self._note(lease, pid)
 
     def _goodbye(self) -> None:
         """Hand back what the pool never took."""
@@ -126,13 +126,14 @@ class WorkerPresence(ProcessPresence):
         """
         engine = engine_of(self._app)
         transitions = engine.transitions
-        unknown = set(transitions.held(self.owner)) - self._leases.keys()
-        self._unknown = {ref: self._unknown.get(ref, time.monotonic()) for ref in unknown}
-        for ref, since in self._unknown.items():
-            if time.monotonic() - since < transitions.timing.lease / 1000:
-                continue
+        unknown: dict[str, float] = {}
+        for ref in set(transitions.held(self.owner)) - self._leases.keys():
             lease = transitions.lease_of(ref, self.owner)
-            if lease is not None and lease.task not in PLAIN:
+            if lease is None or lease.task in PLAIN:
+                continue
+            # By its token: a run's next attempt has the same name.
+            since = unknown[lease.token] = self._unknown.get(lease.token, time.monotonic())
+            if time.monotonic() - since >= transitions.timing.lease / 1000 and ref not in self._leases:
                 logger.warning(
                     "Run %s of %s was given to this worker, which has not heard of it",
                     lease.run,
@@ -140,6 +141,7 @@ class WorkerPresence(ProcessPresence):
                     extra={"action": "unknown_lease", "run_id": lease.run, "task_id": lease.task_id},
                 )
                 publish_all(engine, transitions.requeue(lease) or ())
+        self._unknown = unknown
 
     def _bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> Iterator[tuple[Lease, bool]]:
         """Yield also those whose pool child is gone without a word: it died with a report that waited for the store."""

@@ -59,6 +59,8 @@ class CoalescedRequest(ReportingRequest):
     _verdict: tuple[Any, ...] | None = None
     #: Past the strategy's own question at receipt (celery.worker.strategy.default, 5.5-5.7), on the way to the pool.
     _received = False
+    #: The request of the same id whose place it took when it was received.
+    _before: Any = None
     #: The gate has sent the request on, or away.
     _decided = False
     #: The prefetch count that was raised while the gate keeps the message back.
@@ -145,7 +147,6 @@ class CoalescedRequest(ReportingRequest):
             revoked=revoked,
         )
         answer = started.answer
-        publish_all(engine, started.sent)
         if started.lease is not None:
             self._take(started.lease)
             if answer is Answer.SKIPPED:
@@ -167,6 +168,7 @@ class CoalescedRequest(ReportingRequest):
             publish_all(engine, sent)
         elif answer is not Answer.UNKNOWN:
             self._drop(answer.value)
+        publish_all(engine, started.sent)
         return answer
 
     def _take(self, lease: Lease) -> None:
@@ -337,6 +339,9 @@ class CoalescedRequest(ReportingRequest):
             extra={"action": "message_dropped", "task_id": self.id, "why": why},
         )
         worker_state.task_ready(self)
+        if self._before in worker_state.active_requests:
+            # Of the same id, and under way: Celery finds it by that id, to terminate it.
+            worker_state.requests[self.id] = self._before
         self.acknowledge()
         # Monitors wait for the end of what they saw arrive. Both states rank below those of a run of the same id that
         # goes on, or has ended (celery.events.state). In line with the message's own events, which the dispatcher of a
@@ -386,6 +391,7 @@ class CoalescedRequest(ReportingRequest):
 def _note_receipt(request: Any = None, **_: Any) -> None:
     if isinstance(request, CoalescedRequest):
         request._received = True
+        request._before = worker_state.requests.get(request.id)
 
 
 def _is_stopping() -> bool:

@@ -13,6 +13,8 @@ import redis
 from celery.exceptions import TaskRevokedError
 
 from celery_coalesce import Coalescer, Disposition, PredecessorFailed, Superseded
+from celery_coalesce.dispatch import run_header
+from celery_coalesce.keys import state_id
 from celery_coalesce.states import RunState
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal, assert_no_overlap
@@ -226,6 +228,19 @@ class TestStopOnError:
         assert task.delay(key, 4).get(timeout=SOON) == 4
         assert len(journal.events("start", key="key")) == 2
 
+    def test_what_is_called_after_the_failure_runs(
+        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """By the run's own errback, and by a caller that has seen the error."""
+        task, key = app.tasks["stop"], journal.key()
+        errback = task.si(key, "mended")
+        for turn in range(1, 6):
+            bad = task.apply_async((key,), {"error": "boom"}, link_error=errback)
+            with pytest.raises(RuntimeError, match="boom"):
+                bad.get(timeout=SOON)
+            assert task.delay(key, turn).get(timeout=SOON) == turn
+            journal.wait("start", args=[key, "mended"], count=turn, timeout=SOON)
+
     def test_a_killed_run_is_a_failure_too(self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
         """The parent stops what waits."""
         app = make_app()
@@ -355,8 +370,40 @@ class TestReplace:
         assert task.delay(journal.key("old"), 2).get(timeout=SOON) == 2
         with pytest.raises(Superseded):
             old.get(timeout=SOON)
+        journal.wait("coalesce_skip", run_id=old.run_id, timeout=SOON)
         journal.open("long")
         assert "The heartbeat failed" not in worker.logs()
+
+    def test_a_run_that_waits_for_a_thread_is_not_lost(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """It was to be stopped before its body began, and the pool can not: it runs."""
+        app = make_app()
+        worker = make_worker(app, pool="threads", concurrency=1)
+        app.tasks["work"].delay(journal.key("busy"), gate="busy")
+        journal.wait("start", key="busy", timeout=SOON)
+        task = app.tasks["replaced_soon"]
+        old = task.delay(journal.key(), 1)
+        wait_until(lambda: [run.state for run in Coalescer(app).runs()] == [RunState.RUNNING], SOON)
+        newer = task.delay(journal.key(), 2)
+        wait_until(lambda: "needs no run of its own: stop" in worker.logs(), SOON)
+        journal.open("busy")
+        assert [old.get(timeout=SOON), newer.get(timeout=SOON)] == [1, 2]
+
+    def test_a_duplicate_message_does_not_hide_a_run_from_its_end(
+        self, app: HarnessApp, worker: WorkerProcess, journal: Journal
+    ) -> None:
+        """It is dropped, and the run can still be terminated."""
+        task = app.tasks["replaced_soon"]
+        old = task.delay(journal.key(), 1, gate="never")
+        journal.wait("start", timeout=SOON)
+        header = run_header(state_id("replaced_soon", journal.key()), str(old.run_id))
+        app.send_task("replaced_soon", (journal.key(), 1), task_id=old.id, headers={"coalesce": header})
+        wait_until(lambda: f"{old.id}] needs no run of its own: duplicate" in worker.logs(), SOON)
+        newer = task.delay(journal.key(), 2)
+        assert newer.get(timeout=SOON) == 2
+        with pytest.raises(Superseded):
+            old.get(timeout=SOON)
 
     @pytest.mark.parametrize("pool", ["threads", "solo"])
     def test_a_pool_that_can_not_terminate_goes_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -503,7 +504,7 @@ class BeatProcess(Process):
 
     def command(self) -> list[str]:
         """Return the program and its arguments."""
-        command = ["celery", "-A", "tests.support.app", "beat", "-l", "INFO"]
+        command = [sys.executable, "-m", "celery", "-A", "tests.support.app", "beat", "-l", "INFO"]
         return [*command, "-s", str(self.directory / "schedule"), "--pidfile", ""]
 
     def environment(self) -> dict[str, str]:
