@@ -114,6 +114,26 @@ def test_a_contradiction_is_refused_with_its_reason(pair: Any) -> None:
     assert (refused.value.problem, refused.value.remedy) == (pair.reason, pair.remedy)
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [pair for pair in CONTRADICTIONS if pair.one.partition("=")[0] in PER_CALL],
+    ids=lambda pair: f"{pair.one} and {pair.other}",
+)
+def test_one_call_may_not_contradict_its_task(pair: Any) -> None:
+    """What a call asks for itself is never left aside in silence."""
+    policy = Policy.declare("task", body, False, FEATURES[pair.other])
+    with pytest.raises(OptionError) as refused:
+        policy.override(FEATURES[pair.one])
+    assert refused.value.option in FEATURES[pair.one]
+
+
+@pytest.mark.parametrize("mode", ["skip", "serialize"])
+def test_a_calls_own_mode_leaves_aside_what_it_has_no_use_for(mode: str) -> None:
+    """A debounced, merging task may be called once with another mode."""
+    policy = Policy.declare("task", body, False, {"coalesce_delay": 1, "coalesce_max_queued": 3})
+    assert policy.override({"coalesce": mode}).mode == mode
+
+
 @pytest.mark.parametrize("pair", NEEDS, ids=lambda pair: pair.one)
 def test_what_has_no_meaning_alone_is_refused_alone(pair: Any) -> None:
     """Together it is fine."""
