@@ -30,6 +30,7 @@ from .progress import PROGRESS
 from .records import Lease
 from .signals import MOST_SHOWN, EventBus
 from .states import Outcome
+from .stopping import being_stopped
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -150,7 +151,7 @@ def _ending(task: Any, run: Run, retval: Any, state: str | None) -> Ending | Non
         return None
     from celery.worker import state as worker_state
 
-    if getattr(worker_state.requests.get(run.lease.task_id), "superseded", False):
+    if run.lease.run in being_stopped:
         return Ending(Outcome.STOPPED, error=Superseded(task.name, run.lease.key))
     if run.lease.task_id in worker_state.revoked:
         return Ending(Outcome.REVOKED)

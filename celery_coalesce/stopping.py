@@ -11,12 +11,15 @@ if TYPE_CHECKING:
 
     from .records import Stop
 
-__all__ = ["STOP", "stop_runs"]
+__all__ = ["STOP", "being_stopped", "stop_runs"]
 
 logger = logging.getLogger("celery_coalesce")
 
 #: The name of the remote-control command.
 STOP = "coalesce_stop"
+
+#: The runs of this process that it has been told to stop, until their end has been reported.
+being_stopped: set[str] = set()
 
 
 def stop_runs(app: Celery, stops: Iterable[Stop]) -> None:

@@ -21,6 +21,7 @@ from ..errors import StoreUnavailable, Superseded
 from ..records import Lease
 from ..signals import EventBus
 from ..states import Outcome
+from ..stopping import being_stopped
 from .presence import is_alive, presence_of
 
 __all__ = ["ReportingRequest"]
@@ -55,11 +56,13 @@ class ReportingRequest(Request):
         if self._lease is None or self._lease.run != run:
             return {"error": f"run {run} has ended"}
         self.superseded = True
+        being_stopped.add(run)
         try:
             self.terminate(pool)
         except NotImplementedError:
             # Its body can see that it is superseded, and that is all there is.
             self.superseded = False
+            being_stopped.discard(run)
             return {"error": "this pool can not terminate a task"}
         return {"ok": f"run {run} is being stopped"}
 
@@ -85,6 +88,8 @@ class ReportingRequest(Request):
         except NotImplementedError:
             # It was to be terminated before it began, and this pool can not: the body runs.
             self.superseded, self._terminate_on_ack = False, None
+            if self._lease is not None:
+                being_stopped.discard(self._lease.run)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """Report the end of a run whose process can not: killed, terminated, out of time."""
@@ -179,6 +184,8 @@ class ReportingRequest(Request):
     def _settle(self) -> Lease | None:
         """Return the lease, once: whatever else Celery reports of this request is its echo."""
         lease, self._lease = self._lease, None
+        if lease is not None:
+            being_stopped.discard(lease.run)
         return lease
 
     def _process(self, pid: int | None) -> int | None:

@@ -300,6 +300,7 @@ def test_step_goes_unreported_while_the_state_server_is_away(site: Site, journal
     journal.wait("stepped", step="deploy", timeout=SOON)
     journal.open("a")
     assert result.get(timeout=SOON) == "stepped"
+    journal.wait("coalesce_success", timeout=SOON)
     assert [event["step"] for event in journal.events("coalesce_step")] == ["'build'", "'deploy'", "None"]
 
 
