@@ -237,10 +237,7 @@ class CallingTask(Task):
         if isinstance(header, dict) and header.get("exempt") is True:
             # The retry of an exempt call is exempt.
             return None
-        if "coalesce_key" not in overrides:
-            return policy.key(args, kwargs)
-        given = overrides["coalesce_key"]
-        return None if given is None else policy.checked(given)
+        return policy.key_of_call(args, kwargs, overrides)
 
     def _continues(
         self,

@@ -153,13 +153,17 @@ class InlineRun:
     def execute(
         self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool = False
     ) -> Any:
-        """Run the body as the task's policies have it.
+        """Run the body as the task's policies have it, and look at the lease before anything that follows from it.
 
         Args:
             body: What to run.
             args: Its arguments.
             kwargs: Its keyword arguments.
-            calls_on: Whether callbacks, a chain or a chord follow.
+            calls_on: Whether callbacks, a chain or a chord follow: what they call comes after this run, and is not
+                answered with it.
+
+        Raises:
+            Ignore: The lease was lost: Celery shall neither store nor call anything.
         """
         if self._in_body:
             # The body has called itself, as a function.
@@ -167,11 +171,21 @@ class InlineRun:
         self._in_body = True
         try:
             value = self._attempt(body, args, kwargs)
+        except Exception as error:
+            self._failed(error, calls_on)
+            raise
         finally:
             self._in_body = False
+        self._succeeded(calls_on)
+        return value
+
+    def _failed(self, error: Exception, calls_on: bool) -> None:
+        """Do what comes between the body's failure and whoever hears of it."""
+
+    def _succeeded(self, calls_on: bool) -> None:
+        """Do what comes between the body's end and whoever hears of it."""
         if not self.skipped:
             self.complete_steps()
-        return value
 
     def _attempt(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Set the process up, ask whether the body shall run, and run it."""
@@ -270,37 +284,15 @@ class Run(InlineRun):
             return False
         return True
 
-    def execute(
-        self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], calls_on: bool = False
-    ) -> Any:
-        """Run the body as the task's policies have it, and look at the lease before anything that follows from it.
-
-        Args:
-            body: What to run.
-            args: Its arguments.
-            kwargs: Its keyword arguments.
-            calls_on: Whether callbacks, a chain or a chord follow: what they call comes after this run, and is not
-                answered with it.
-
-        Raises:
-            Ignore: The lease was lost: Celery shall neither store nor call anything.
-        """
-        if self._in_body:
-            return body(*args, **kwargs)
-        self._in_body = True
-        try:
-            value = self._attempt(body, args, kwargs)
-        except Exception as error:
-            self._returned(calls_on)
-            if self.lost:
-                raise Ignore(str(error)) from error
-            if self.failing is not None and not isinstance(error, TaskPredicate):
-                self.failing(error)
-            raise
-        finally:
-            self._in_body = False
+    def _failed(self, error: Exception, calls_on: bool) -> None:
         self._returned(calls_on)
-        return value
+        if self.lost:
+            raise Ignore(str(error)) from error
+        if self.failing is not None and not isinstance(error, TaskPredicate):
+            self.failing(error)
+
+    def _succeeded(self, calls_on: bool) -> None:
+        self._returned(calls_on)
 
     def _returned(self, calls_on: bool) -> None:
         """Ask for the lease where it could have been lost, and say that the body has returned where that matters.

@@ -5,7 +5,7 @@ Read off the schedule alone. Whether a tick makes a run, joins one or is skipped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -134,7 +134,9 @@ def _call(policy: Policy, entry: ScheduleEntry) -> Callable[..., PlannedRun]:
         return partial(made, key=None, problem=repr(error))
     made = partial(made, args=args, kwargs=kwargs)
     try:
-        return partial(made, key=_key(policy, args, kwargs, entry.options or {}), labels=policy.labels_of(args, kwargs))
+        return partial(
+            made, key=policy.key_of_call(args, kwargs, entry.options or {}), labels=policy.labels_of(args, kwargs)
+        )
     except Exception as error:
         return partial(made, key=None, problem=str(error))
 
@@ -142,10 +144,3 @@ def _call(policy: Policy, entry: ScheduleEntry) -> Callable[..., PlannedRun]:
 def _value(given: Any) -> Any:
     """Return an argument as beat would give it now."""
     return given() if isinstance(given, BeatLazyFunc) else given
-
-
-def _key(policy: Policy, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> str | None:
-    if "coalesce_key" not in options:
-        return policy.key(args, kwargs)
-    given = options["coalesce_key"]
-    return None if given is None else policy.checked(given)

@@ -195,6 +195,17 @@ class Policy:
                 return None
         return self.checked(key)
 
+    def key_of_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], overrides: Mapping[str, Any]) -> str | None:
+        """Return the key of a call that may bring its own as ``coalesce_key``, ``None`` if it is exempt.
+
+        Raises:
+            InvalidKey: The key is not a non-empty string.
+        """
+        if "coalesce_key" not in overrides:
+            return self.key(args, kwargs)
+        given = overrides["coalesce_key"]
+        return None if given is None else self.checked(given)
+
     def _called(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # Bound first, so that the task's defaults count even where the callable has none.
         args, kwargs = self.parameters.unbind(self.parameters.bind(args, kwargs))

@@ -7,7 +7,6 @@ everybody who can has done his part, every accepted trigger has been covered and
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,17 +21,15 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from celery_coalesce.records import Accepted, Envelope, Finished, Followers, Lease
 from celery_coalesce.states import Answer, Disposition
 from tests.integration.driver import Driver
 from tests.support.servers import ValkeyServer
+from tests.support.stories import tell_stories
 
 KEYS = ("a", "b")
-#: Shrinking takes minutes: only on demand.
-PHASES = tuple(Phase) if "TEST_SHRINK" in os.environ else (Phase.explicit, Phase.reuse, Phase.generate)
 OWNERS = ("w/1/a", "w/2/b", "w/3/c")
 
 
@@ -375,18 +371,4 @@ def machine(state_server: ValkeyServer) -> Iterator[type[Interleavings]]:
 @pytest.mark.timeout(300)
 def test_whatever_happens_no_promise_is_broken(machine: type[Interleavings]) -> None:
     """G1, G2, G3, G4 and G6, over made-up stories."""
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=int(os.environ.get("TEST_EXAMPLES", "25")),
-            stateful_step_count=int(os.environ.get("TEST_STEPS", "30")),
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-            phases=PHASES,
-            report_multiple_bugs=False,
-            # The same stories in every check; others on demand.
-            derandomize="TEST_EXAMPLES" not in os.environ,
-            database=None,
-        ),
-    )
+    tell_stories(machine, 25)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import redis
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,7 +18,6 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from celery_coalesce.errors import OptionError
@@ -31,12 +28,11 @@ from celery_coalesce.states import Answer, OnRetry, Outcome
 from tests.integration.driver import Driver
 from tests.property.model import FAILED, SKIPPED, STOPPED, SUCCEEDED, Model, Run, Task
 from tests.support.servers import ValkeyServer
+from tests.support.stories import tell_stories
 
 KEYS = ("a", "b", "c")
 VALUES = st.integers(0, 2)
 OWNERS = ("w/1/a", "w/2/b")
-#: Shrinking takes minutes: only on demand.
-PHASES = tuple(Phase) if "TEST_SHRINK" in os.environ else (Phase.explicit, Phase.reuse, Phase.generate)
 
 SECONDS = st.sampled_from([1, 4, 9, 300])
 
@@ -469,18 +465,4 @@ def machine(state_server: ValkeyServer) -> Iterator[type[Policies]]:
 @pytest.mark.timeout(600)
 def test_every_record_is_what_the_model_says(machine: Callable[[], Policies]) -> None:
     """Random options, triggers, starts, ends, errors, retries, deaths, limits and times."""
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=int(os.environ.get("TEST_EXAMPLES", "60")),
-            stateful_step_count=int(os.environ.get("TEST_STEPS", "30")),
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-            phases=PHASES,
-            report_multiple_bugs=False,
-            # The same stories in every check; others on demand.
-            derandomize="TEST_EXAMPLES" not in os.environ,
-            database=None,
-        ),
-    )
+    tell_stories(machine, 60)

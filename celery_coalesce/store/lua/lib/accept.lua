@@ -160,10 +160,8 @@ end
 -- else an earlier trigger would start a second run instead of pulling the first forward.
 local function has_room(head)
   if redis.call('EXISTS', wait) == 1 then return false end
-  if of_a_burst(head) then return false end
-  local open = joins() and head.open[asked.task] or {}
   local reserved = 0
-  for _, run_id in ipairs(open) do
+  for _, run_id in ipairs(head.open[asked.task] or {}) do
     if not head.active[run_id] then reserved = reserved + 1 end
   end
   return fits(head, asked.limit, reserved)
@@ -265,8 +263,7 @@ local function cover(head)
     end
   end
   local open = head.open[asked.task] or {}
-  local new = has_room(head) or (#open < asked.max_queued and not of_a_burst(head))
-  if not joins() or new then
+  if not joins() or (not of_a_burst(head) and (has_room(head) or #open < asked.max_queued)) then
     if asked.target then return AGAIN end
     return create(head)
   end
