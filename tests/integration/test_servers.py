@@ -198,7 +198,8 @@ def test_a_hold_and_a_shared_value(place_of: Any, make_app: MakeApp, request: py
         shared = [threads.submit(coalescer.share, "key", value) for _ in range(3)]
         assert [each.result(20) for each in shared] == ["value"] * 3
         assert len(calls) == 1
-        assert place.names() == {"presence", "meta"}
+        # A turn that was given to one who had it already goes by itself.
+        wait_until(lambda: place.names() <= {"presence", "meta"}, 20, lambda: str(place.names()))
 
 
 @pytest.mark.parametrize("place_of", PLACES, ids=lambda place: place.__name__)
