@@ -35,7 +35,7 @@ end
 
 -- No library knows who uses what it defines. All are included in this order.
 local before = {}
-for _, library in ipairs({ "record", "slots", "note", "accept", "cleared", "stopping" }) do
+for _, library in ipairs({ "seen", "record", "slots", "note", "accept", "cleared", "stopping" }) do
   local included = {}
   for _, name in ipairs(before) do included[#included + 1] = name end
   files[folder .. "lib/" .. library .. ".lua"] = { ignore = { "211" }, read_globals = included }

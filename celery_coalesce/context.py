@@ -33,6 +33,10 @@ logger = logging.getLogger("celery_coalesce")
 #: Where a request keeps its run.
 ATTRIBUTE = "coalesce_run"
 
+#: A body that begins so many seconds after its lease was asked for, asks again first. It may have waited in a thread
+#: pool's queue, or stood still; or be a message that the prefork pool has taken back from a child that died, and given
+#: to another, though the first had ended the run (AsynPool.on_job_process_down, celery.concurrency.asynpool, 5.5-5.7).
+FRESH_FOR = 0.1
 #: Seconds between two questions to a store that is away, and for how long they are asked.
 ASK_AGAIN, ASK_FOR = 1.0, 3600.0
 
@@ -232,6 +236,21 @@ class Run(InlineRun):
         self.failing: Callable[[Exception], None] | None = None
         self.stopped: tuple[Cleared, ...] | None = None
 
+    @property
+    def _age(self) -> float:
+        """Seconds since the lease was asked for."""
+        return time.monotonic() - self.lease.leased_at
+
+    def begin(self) -> bool:
+        """Return whether the body may begin, as far as is known: not with a lease that was lost on the way to it."""
+        if self._age >= FRESH_FOR:
+            try:
+                self.lost = not self.transitions.check(self.lease)
+            except StoreUnavailable as error:
+                # It is asked again before anything follows from the body.
+                logger.info("Run %s begins unasked: %s", self.lease.run, error, extra={"action": "begins_unasked"})
+        return not self.lost
+
     def check(self) -> None:
         """Ask whether this run still has its lease.
 
@@ -284,6 +303,11 @@ class Run(InlineRun):
             return False
         return True
 
+    def _attempt(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self.lost:
+            raise Ignore(f"run {self.lease.run} has lost its lease before it began")
+        return super()._attempt(body, args, kwargs)
+
     def _failed(self, error: Exception, calls_on: bool) -> None:
         self._returned(calls_on)
         if self.lost:
@@ -301,7 +325,7 @@ class Run(InlineRun):
         shorter run can not have lost it. And only a ``skip`` trigger looks at whether a body has returned: one that
         comes from this run's callbacks, or from a caller that has seen the result of a single flight.
         """
-        overdue = time.monotonic() - self.lease.leased_at >= self.transitions.timing.lease / 1000
+        overdue = self._age >= self.transitions.timing.lease / 1000
         matters = calls_on or self.lease.mode == Mode.SKIP
         if self.lost or not (matters or overdue):
             if self.lost:

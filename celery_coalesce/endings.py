@@ -23,6 +23,7 @@ from .errors import LeaseLost, PredecessorFailed, StoreError, Superseded
 from .plain import PLAIN, answer
 from .records import Ended, Finished
 from .states import OnError, Outcome
+from .transitions.base import as_drain
 from .views import RunMeta
 
 if TYPE_CHECKING:
@@ -118,13 +119,16 @@ def end_run(
     while True:
         reply = engine.transitions.finish(lease, told=told, ended=ended, drain=drain, announced=watched)
         if reply is None:
+            # Or it was carried out, and the answer lost.
+            if drain is not None and watched:
+                announce_drain(engine, as_drain(drain), bus, by=lease.token)
             return False
         if isinstance(reply, Finished):
             publish_all(engine, reply.sent)
             for run in stopped:
                 tell_cleared(engine, run, bus)
             if reply.drain and watched:
-                announce_drain(engine, reply.drain, bus)
+                announce_drain(engine, reply.drain, bus, by=lease.token)
             return True
         for blob in reply.blobs:
             if lease.task in PLAIN:
@@ -307,9 +311,19 @@ def done_once(app: Celery, task_name: str, task_id: str) -> Ending:
     return Ending(Outcome.SKIPPED, value=done.value if done is not None else None)
 
 
-def announce_drain(engine: Engine, blob: bytes, bus: EventBus) -> None:
-    """Announce a recorded drain, unless another process has."""
-    meta = engine.transitions.take_drain(blob)
+def announce_drain(engine: Engine, blob: bytes, bus: EventBus, *, by: str) -> None:
+    """Announce a recorded drain, unless another process has.
+
+    Args:
+        engine: The app's engine.
+        blob: The drain.
+        bus: Where its event goes.
+        by: What the caller is known again by, should it have to ask again.
+
+    Raises:
+        StoreUnavailable: Whether it is the caller's is not known; call again.
+    """
+    meta = engine.transitions.take_drain(blob, by)
     if meta is not None:
         signals.emit(signals.coalesce_drain, engine.app.tasks.get(meta.name), bus, meta)
 

@@ -80,6 +80,8 @@ class ProcessPresence:
         self._leases: dict[str, tuple[Lease, int | None]] = {}
         self._leases_guard = threading.Lock()
         self._unreported: deque[Callable[[], Any]] = deque()
+        #: Drains that are being announced: whether they are ours the store has not said yet.
+        self._unannounced: list[bytes] = []
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
         self._wake_beat = threading.Event()
@@ -292,6 +294,8 @@ class ProcessPresence:
     def _sweep(self) -> None:
         """Move on whatever dead processes, messages and clocks have left."""
         transitions = engine_of(self._app).transitions
+        # Ours, it may be, since a look whose answer was lost: then nobody else finds them any more.
+        self._announce_all()
         for _ in range(MOST_SLICES):
             overdue = transitions.overdue()
             if not overdue or self._ended.is_set():
@@ -313,8 +317,13 @@ class ProcessPresence:
                 return
 
     def _announce(self, drains: tuple[bytes, ...]) -> None:
-        for blob in drains:
-            announce_drain(engine_of(self._app), blob, self.bus())
+        self._unannounced += [blob for blob in drains if blob not in self._unannounced]
+        self._announce_all()
+
+    def _announce_all(self) -> None:
+        while self._unannounced:
+            announce_drain(engine_of(self._app), self._unannounced[0], self.bus(), by=self.owner)
+            self._unannounced.pop(0)
 
     def _each(self, move: Callable[..., bool], *what: str) -> bool:
         """Move one thing on; whatever is wrong with it must not keep the others."""

@@ -194,7 +194,7 @@ class Lease:
     #: Where the body runs, and whether anybody follows its events.
     hostname: str = ""
     monitored: bool = False
-    #: The monotonic clock of the machine when the lease was given, in seconds.
+    #: The monotonic clock of the machine when the lease was asked for, in seconds: it was given no earlier.
     leased_at: float = 0.0
 
     @property

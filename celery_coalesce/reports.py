@@ -66,7 +66,8 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
     run = Run(engine_of(app).transitions, lease, bus, task)
     run.failing = partial(_stop_waiting, app, run)
     request.__dict__[ATTRIBUTE] = run
-    signals.emit(signals.coalesce_start, task, bus, run.meta)
+    if run.begin():
+        signals.emit(signals.coalesce_start, task, bus, run.meta)
 
 
 def _stop_waiting(app: Celery, run: Run, error: Exception) -> None:

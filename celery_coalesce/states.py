@@ -130,6 +130,7 @@ class Answer(Word):
     UNPUBLISHED = "unpublished"
     CLEARED = "cleared"
     RENEWED = "renewed"
+    DRAINED = "drained"
     OVERDUE = "overdue"
     ALIVE = "alive"
     GRACE = "grace"

@@ -40,6 +40,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "limit": ("timers", "limits", "slots", "lines"),
     "heartbeat": ("meta", "presence", "timers", "drains"),
     "overdue": ("meta", "presence", "timers", "drains"),
+    "drain": ("drains", "seen"),
     "bury": ("presence", "held"),
     "hand": ("list",),
     "show": RECORD,

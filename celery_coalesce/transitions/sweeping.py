@@ -13,6 +13,8 @@ __all__ = ["SLICE", "Sweeping"]
 
 #: How many overdue things one look at the store returns.
 SLICE = 100
+#: Milliseconds for which is remembered who has taken a drain: longer than most outages in which the answer can be lost.
+REMEMBER_DRAINS = 60_000
 
 
 class Sweeping(Base):
@@ -89,8 +91,17 @@ class Sweeping(Base):
         """Let a key's waiting runs have what somebody of another key gave way."""
         return self._sent(state, self._call("advance", self.store.names.record(state), state, {})[1])
 
-    def take_drain(self, blob: bytes) -> RunMeta | None:
-        """Take a recorded drain out of the store, to announce it; ``None`` if another process has."""
-        if not self.store.take(self.store.names.drains, blob):
-            return None
-        return RunMeta(**json.loads(blob))
+    def take_drain(self, blob: bytes, by: str) -> RunMeta | None:
+        """Take a recorded drain out of the store, to announce it.
+
+        Args:
+            blob: The drain.
+            by: What the caller is known again by, should the answer be lost and it ask again.
+
+        Returns:
+            What to announce; ``None`` if there is nothing, or another process has it.
+        """
+        names = self.store.names
+        asked = json.dumps({"nonce": by, "remember": REMEMBER_DRAINS})
+        reply = self.store.call("drain", (names.drains, names.seen), asked, blob)
+        return RunMeta(**json.loads(blob)) if as_text(reply[0]) == Answer.DRAINED else None

@@ -53,6 +53,8 @@ class CoalescedRequest(ReportingRequest):
 
     #: The same question again, where the answer was lost, gets the same answer.
     _claim = ""
+    #: When it was asked first, on the monotonic clock: the lease lasts from then on, however late the answer came.
+    _asked_at = 0.0
     #: Celery asks whether the task is revoked, but shall not act on it yet.
     _asking = False
     #: What Celery would have announced.
@@ -138,7 +140,8 @@ class CoalescedRequest(ReportingRequest):
         """Ask for the run's lease, and do what the answer says."""
         presence = presence_of(self.app)
         revoked = self._would_be_revoked()
-        self._claim = self._claim or uuid4().hex[:12]
+        if not self._claim:
+            self._claim, self._asked_at = uuid4().hex[:12], time.monotonic()
         started = engine.transitions.start(
             envelope,
             owner=presence.owner,
@@ -181,7 +184,7 @@ class CoalescedRequest(ReportingRequest):
                 **lease.__dict__,
                 "hostname": self._hostname,
                 "monitored": bus.enabled,
-                "leased_at": time.monotonic(),
+                "leased_at": self._asked_at,
             }
         )
         presence_of(self.app).leased(self._lease)

@@ -9,9 +9,12 @@ import pytest
 from celery import chain
 from celery.exceptions import WorkerLostError
 
+from celery_coalesce import Coalescer
 from celery_coalesce.errors import LeaseLost
+from celery_coalesce.states import RunState
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal
+from tests.support.process import wait_until
 from tests.support.worker import WorkerProcess
 
 MakeApp = Callable[..., HarnessApp]
@@ -205,6 +208,30 @@ def test_check_raises_in_a_stale_body(pair: Pair, journal: Journal) -> None:
 
     assert journal.wait("end", timeout=20)["outcome"] == "LeaseLost"
     assert journal.events("checked")[-1]["held"] is False
+
+
+def test_body_does_not_begin_with_a_lease_that_was_lost_on_the_way(
+    make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+) -> None:
+    """A run that stood in a thread pool's queue while its worker stood still is another's by then."""
+    app = make_app(conf={"coalesce_lease": 2, "coalesce_redispatch_after": 2})
+    frozen = make_worker(app, pool="threads", concurrency=1)
+    app.tasks["queue"].delay(journal.key("before"), gate="a")
+    journal.wait("start", key="before", timeout=20)
+    result = app.tasks["queue"].delay(journal.key())
+    wait_until(lambda: {run.state for run in Coalescer(app).runs()} == {RunState.RUNNING}, 20)
+    frozen.pause()
+    make_worker(app)
+
+    with pytest.raises(LeaseLost):
+        result.get(timeout=30)
+    journal.open("a")
+    frozen.resume()
+
+    wait_until(lambda: frozen.logs().count("has lost its lease, and reports nothing") == 2, 20)
+    assert journal.events("start", key="key") == []
+    assert journal.events("coalesce_start", key="key") == []
+    assert journal.events("coalesce_success") == []
 
 
 def test_short_pause_costs_nothing(pair: Pair, journal: Journal) -> None:

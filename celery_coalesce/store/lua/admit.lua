@@ -8,6 +8,7 @@
 --# include record
 --# include slots
 --# include accept
+--# include seen
 
 local function admit()
   local head = read_head()
@@ -17,8 +18,7 @@ local function admit()
   local run = known and read_run(known)
   if run then return {'known', run.id, run.task_id, run.attempt} end
   local seen = KEYS[11]
-  local expires = redis.call('ZSCORE', seen, asked.message)
-  if expires and tonumber(expires) > now then return {'gone'} end
+  if was_seen(seen, asked.message, now) then return {'gone'} end
   local answer = accept()
   if answer[1] == 'merge' or answer[1] == 'rejected' then return answer end
   run = read_run(answer[2])
@@ -30,9 +30,7 @@ local function admit()
     redis.call('HSET', rec, 'msg:' .. asked.message, run.id)
   end
   write_run(run)
-  redis.call('ZREMRANGEBYSCORE', seen, '-inf', whole(now))
-  redis.call('ZADD', seen, whole(now + asked.remember), asked.message)
-  redis.call('PEXPIRE', seen, whole(asked.remember))
+  remember(seen, asked.message, now, asked.remember)
   return answer
 end
 
