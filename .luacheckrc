@@ -10,6 +10,8 @@ local folder = "celery_coalesce/store/lua/"
 local function defined_in(library)
   local names = {}
   for line in io.lines(folder .. "lib/" .. library .. ".lua") do
+    local other = line:match("^%-%-# include ([%w_]+)$")
+    for _, name in ipairs(other and defined_in(other) or {}) do names[#names + 1] = name end
     local list = line:match("^local function ([%w_]+)") or line:match("^local ([%w_, ]+)") or ""
     for name in list:gmatch("[%w_]+") do names[#names + 1] = name end
   end
@@ -35,7 +37,7 @@ end
 
 -- No library knows who uses what it defines. All are included in this order.
 local before = {}
-for _, library in ipairs({ "seen", "record", "slots", "note", "accept", "cleared", "stopping" }) do
+for _, library in ipairs({ "seen", "server", "record", "slots", "note", "accept", "cleared", "stopping" }) do
   local included = {}
   for _, name in ipairs(before) do included[#included + 1] = name end
   files[folder .. "lib/" .. library .. ".lua"] = { ignore = { "211" }, read_globals = included }

@@ -68,8 +68,11 @@ def _read(*path: str) -> str:
     return resources.files(__package__).joinpath("lua", *path).read_text("utf-8")
 
 
+def _included(text: str) -> str:
+    return _INCLUDE.sub(lambda found: _included(_read("lib", f"{found.group(1)}.lua")), text)
+
+
 @cache
 def script(name: str) -> Script:
     """Return a transition by name, its includes put in."""
-    text = _INCLUDE.sub(lambda found: _read("lib", f"{found.group(1)}.lua"), _read(f"{name}.lua"))
-    return Script(name, SCRIPTS[name], _COMMENT.sub("", text))
+    return Script(name, SCRIPTS[name], _COMMENT.sub("", _included(_read(f"{name}.lua"))))

@@ -42,7 +42,7 @@ class Site:
         """Return what is stored for keys."""
         with self.state.client() as client:
             names = {name.removeprefix("{coalesce}:") for name in client.scan_iter(count=1000)}
-        return names - {"meta", "presence", "history"}
+        return names - {"meta", "presence", "history", "seen"}
 
     def wait_idle(self, timeout: float = 20) -> None:
         """Wait until nothing is left."""

@@ -231,7 +231,7 @@ def test_a_run_and_its_follow_up(
         journal.wait("coalesce_drain", timeout=20)
         assert_no_overlap(journal.events())
         assert len(journal.events("start")) == 2
-        wait_until(lambda: place.names() <= {"presence", "meta", "history"}, 10, lambda: str(place.names()))
+        wait_until(lambda: place.names() <= {"presence", "meta", "history", "seen"}, 10, lambda: str(place.names()))
         worker.stop()
         assert place.names() == {"meta", "history"}
         assert_no_password(worker.logs())

@@ -1187,6 +1187,46 @@ class TestLossOfTheStore:
                 assert int(again.run) > int(lost.run)
                 assert int(drive.run(again).token) > int(token)
 
+    def test_what_ended_before_the_last_mark_is_not_lost_with_a_restart(self) -> None:
+        """A server that came back has all that it was told up to the mark of a heartbeat, at least."""
+        with ValkeyServer(aof=True) as server:
+            with server.client(decode_responses=False) as client:
+                drive = Driver(client, "test")
+                ended, waiting = drive.trigger(0), drive.trigger(1, key="x")
+                drive.finish(drive.run(ended))
+                drive.engine.heartbeat("w/1/a")
+                last = drive.trigger(2, key="y")
+                drive.finish(drive.run(last, "y"))
+            for _ in range(2):
+                server.kill()
+                server.start()
+                with server.client(decode_responses=False) as client:
+                    drive = Driver(client, "test")
+                    drive.engine.heartbeat("w/1/a")
+                    assert drive.start(drive.envelope(ended)).answer is Answer.GONE
+                    # Nobody can know whether its end was told to this server, or its beginning never was.
+                    assert drive.start(drive.envelope(last)).answer is Answer.UNKNOWN
+            with server.client(decode_responses=False) as client:
+                drive = Driver(client, "test")
+                assert drive.run(waiting, "x").token
+
+    def test_gaps_are_few(self) -> None:
+        """Of a server that restarts again and again the oldest gaps become one."""
+        with ValkeyServer() as server, server.client(decode_responses=False) as client:
+            drive = Driver(client, "test")
+            first = drive.trigger(0)
+            drive.finish(drive.run(first))
+            for number in range(30):
+                drive.engine.heartbeat("w/1/a")
+                drive.trigger(0, key=f"k{number}")
+                client.hset(drive.names.meta, "server", f"another {number}")
+            unpacked = "return cjson.encode(cmsgpack.unpack(redis.call('HGET', KEYS[1], 'gaps')))"
+            gaps = json.loads(client.eval(unpacked, 1, drive.names.meta))
+            assert len(gaps) == 20
+            assert gaps[0][0] == 0
+            assert gaps == sorted(gaps)
+            assert drive.start(drive.envelope(first)).answer is Answer.UNKNOWN
+
     def test_numbers_grow_over_a_loss_though_no_old_message_comes(self) -> None:
         """A server that restarted gives out greater numbers than it can ever have given before."""
         with ValkeyServer() as server:

@@ -15,19 +15,6 @@
 --# include cleared
 --# include stopping
 
--- A run that the record does not know has ended, unless its number is from before the store, or a part of it, was
--- lost.
-local function lost_or_ended()
-  local stored = redis.call('HMGET', meta, 'since', 'server')
-  local since = tonumber(stored[1] or '') or math.huge
-  local server = server_id()
-  if stored[2] ~= server then
-    since = micros()
-    redis.call('HSET', meta, 'server', server, 'since', whole(since))
-  end
-  return {tonumber(asked.run) < since and 'unknown' or 'gone'}
-end
-
 local function leased(head, run)
   local mode = redis.call('HEXISTS', meta, 'skips:' .. run.task) == 1 and 'skip' or run.mode
   -- An older message may have come first: its arguments are not those that were merged since.
@@ -50,7 +37,7 @@ end
 local function start()
   local head = read_head()
   local run = head and read_run(asked.run)
-  if not run then return lost_or_ended() end
+  if not run then return {may_be_lost(meta, tonumber(asked.run), micros()) and 'unknown' or 'gone'} end
   if run.task_id ~= asked.task_id then return {'unknown'} end
   if run.state == 'cleared' then return {'gone'} end
   if run.state == 'running' then

@@ -3,6 +3,8 @@
 -- Scripts that include this take, as their first ten KEYS, those below, and as ARGV[1] a JSON object with at least
 -- `state` (the state id, which names the key in the indexes).
 
+--# include server
+
 local VERSION = 2
 local HOUR = 3600000
 
@@ -23,12 +25,6 @@ end
 -- Milliseconds on the server's clock.
 local now = math.floor(micros() / 1000)
 
--- The server's own run id, which changes when it restarts or another takes over. '' where INFO is not allowed.
-local function server_id()
-  local info = redis.pcall('INFO', 'server')
-  return type(info) == 'string' and info:match('run_id:(%w+)') or ''
-end
-
 -- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers
 -- grow even over a loss of the store, or of a part of it.
 local function mint()
@@ -37,7 +33,7 @@ local function mint()
   if last then
     number = math.max(number, tonumber(last) + 1)
   else
-    redis.call('HSET', meta, 'since', whole(number), 'server', server_id())
+    begin_numbers(meta, number)
   end
   redis.call('HSET', meta, 'last', whole(number))
   return whole(number)
