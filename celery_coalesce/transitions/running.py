@@ -200,6 +200,7 @@ class Running(Base):
         asked = {
             "run": envelope.run,
             "task_id": envelope.task_id,
+            "task": envelope.task,
             "attempt": envelope.attempt,
             "version": envelope.version,
             "claim": claim,

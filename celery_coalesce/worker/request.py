@@ -72,8 +72,10 @@ class CoalescedRequest(ReportingRequest):
 
     def revoked(self) -> bool:
         """Return whether the request must not go to the pool: revoked, or not admitted by its key."""
-        if self._decided or self._exempt():
+        if self._decided:
             return bool(super().revoked())
+        if self._exempt():
+            return self._leave_to_celery()
         if not self._received:
             # What is to be done with a revoked or expired run is for the record to say, at the gate.
             return False
@@ -93,6 +95,12 @@ class CoalescedRequest(ReportingRequest):
     def _exempt(self) -> bool:
         header = self._request_dict.get(HEADER)
         return self.task.coalesce_policy is None or (isinstance(header, dict) and header.get("exempt") is True)
+
+    def _leave_to_celery(self) -> bool:
+        """Return whether a message without a run is revoked, and have nobody believe it if it claims to have a lease."""
+        self._decided = True
+        self._request_dict[HEADER] = {"exempt": True}
+        return bool(super().revoked())
 
     @contextlib.contextmanager
     def _gate(self) -> Iterator[Engine]:
@@ -241,14 +249,12 @@ class CoalescedRequest(ReportingRequest):
         It comes from ``send_task``, beat, another language, or from before the store was lost.
         """
         if self._would_be_revoked():
-            self._decided = True
-            return bool(super().revoked())
+            return self._leave_to_celery()
         policy: Policy = self.task.coalesce_policy
         arguments = (list(self._args), dict(self._kwargs))
         key = policy.key(*arguments) if self._fits(arguments) else None
         if key is None:
-            self._decided = True
-            return bool(super().revoked())
+            return self._leave_to_celery()
         accepted = self._accept(engine, policy, key, arguments)
         if isinstance(accepted, Accepted) and not self._is_its_own(accepted):
             self._join(policy, key, accepted)

@@ -2,7 +2,7 @@
 --
 -- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
 --   held
--- ARGV: asked (JSON: state, nonce, run, task_id, attempt, version, claim, owner, late, lease, revoked, redispatch,
+-- ARGV: asked (JSON: state, nonce, run, task_id, task, attempt, version, claim, owner, late, lease, revoked, redispatch,
 --   soon)
 -- Returns: running | expired | revoked | skipped, token, session, index, triggers, store, expiry in ms, key, scope,
 --   mode (skip if its task is ever called so), changed args, labels, task id of the run that was done once, what is to
@@ -38,7 +38,7 @@ local function start()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run then return {may_be_lost(meta, tonumber(asked.run), micros()) and 'unknown' or 'gone'} end
-  if run.task_id ~= asked.task_id then return {'unknown'} end
+  if run.task_id ~= asked.task_id or run.task ~= asked.task then return {'unknown'} end
   if run.state == 'cleared' then return {'gone'} end
   if run.state == 'running' then
     if run.claim == asked.claim then
