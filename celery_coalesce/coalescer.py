@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .dispatch import publish_all
 from .engine import engine_of
-from .errors import InvalidKey
+from .errors import InvalidKey, StoreError
 from .holding import Hold, checked_timeout, scope_of
 from .plain import HOLD, SHARE
 from .planning import PlannedRun, planned_runs
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .task import CoalescedTask
 
 __all__ = ["Coalescer"]
+
+logger = logging.getLogger("celery_coalesce")
 
 Value = TypeVar("Value")
 
@@ -49,7 +52,7 @@ class Coalescer:
     def runs(self, *, labels: Mapping[str, str] | None = None, task: Task | str | None = None) -> list[RunView]:
         """Return the runs that wait or go on, the oldest session of a key first.
 
-        One round trip for each busy key.
+        One round trip for each busy key. A record that can not be read is left out, with a warning.
 
         Holds and shared calls are among them, under names that begin with ``celery_coalesce.``.
 
@@ -68,8 +71,12 @@ class Coalescer:
         name = None if task is None else _name_of(task)
         found: list[RunView] = []
         for state in transitions.busy():
-            view = transitions.show_state(state)
-            found += RunView.all_of(state, view) if view is not None else ()
+            try:
+                view = transitions.show_state(state)
+                found += RunView.all_of(state, view) if view is not None else ()
+            except (StoreError, LookupError) as error:
+                extra = {"action": "unreadable_record", "state_id": state}
+                logger.warning("The record %s can not be read: %r", state, error, extra=extra)
         return [run for run in found if wanted <= run.labels.items() and name in (None, run.name)]
 
     def constraints(self) -> list[ConstraintView]:

@@ -128,6 +128,11 @@ class World:
         producer.generation += 1
         producer.start()
 
+    def messages(self, queue: str = RUNS) -> int:
+        """Return how many messages of a queue wait for a worker."""
+        with app.connection_for_write() as connection:
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+
     def purge(self) -> None:
         """Lose every message of a run that waits for a worker."""
         with app.connection_for_write() as connection:
@@ -138,8 +143,7 @@ class World:
         if self.broker is self.store:
             with self.store.client(db=1) as client:
                 return not client.exists(CALLBACKS, "unacked")
-        with app.connection_for_write() as connection:
-            return not connection.default_channel.queue_declare(CALLBACKS, passive=True).message_count
+        return not self.messages(CALLBACKS)
 
     def be_quiet(self) -> None:
         """Have the producers finish, and nothing broken any more."""

@@ -97,7 +97,7 @@ class CoalescedRequest(ReportingRequest):
         return self.task.coalesce_policy is None or (isinstance(header, dict) and header.get("exempt") is True)
 
     def _leave_to_celery(self) -> bool:
-        """Return whether a message without a run is revoked, and have nobody believe it if it claims to have a lease."""
+        """Return whether a message without a run is revoked; if it claims to have a lease, nobody shall believe it."""
         self._decided = True
         self._request_dict[HEADER] = {"exempt": True}
         return bool(super().revoked())

@@ -249,7 +249,8 @@ class Process:
 
 
 def _is_stopped(process: psutil.Process) -> bool:
-    return process.status() == psutil.STATUS_STOPPED
+    # A child that was killed a moment ago does nothing any more, too.
+    return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 @atexit.register
