@@ -25,9 +25,9 @@ ALLOWED = {"meta", "presence", "history", "seen", "limits"}
 ASKED_FOR = ("kept:", "resting")
 LEASE, REDISPATCH_AFTER = 5.0, 3.0
 #: Seconds that a key may do nothing while a call waits, and that all may take to settle when nothing is broken.
-#: By Redis the messages of a worker that was killed are given out again every 100 s or so, and only then is it known
-#: that a run's message was lost a second time.
-PATIENCE = {"rabbitmq": LEASE + 2 * REDISPATCH_AFTER + 10, "redis": 130}
+#: What could not be published, because RabbitMQ was away, is tried again every 60 s. By Redis the messages of a worker
+#: that was killed are given out again every 100 s or so, and only then is it known that a run's message was lost twice.
+PATIENCE = {"rabbitmq": 60 + LEASE + 10, "redis": 130}
 SETTLE = {"rabbitmq": 120, "redis": 300}
 
 
