@@ -32,7 +32,7 @@ from .endings import (
     tell_cleared,
 )
 from .engine import engine_of
-from .errors import CoalesceError, LeaseLost, StoreUnavailable
+from .errors import CoalesceError, LeaseLost, NewerRecord, StoreUnavailable
 from .plain import PLAIN
 from .records import LostLease
 from .states import Outcome
@@ -103,10 +103,11 @@ class ProcessPresence:
     def leave(self) -> None:
         """Note that it does no more."""
 
-    def noticed_away(self) -> None:
+    def noticed(self, error: StoreUnavailable) -> None:
         """Note that the store could not be reached; the heartbeat notices when it is back."""
-        self.store_away = True
-        self._wake_beat.set()
+        if not isinstance(error, NewerRecord):
+            self.store_away = True
+            self._wake_beat.set()
 
     def abandoned(self, lease: Lease) -> None:
         """Note a lease whose body is gone, but whose end could not be reported."""
@@ -222,9 +223,9 @@ class ProcessPresence:
             report = self._unreported[0]
             try:
                 report()
-            except StoreUnavailable:
-                raise
             except CoalesceError as error:
+                if isinstance(error, StoreUnavailable) and not isinstance(error, NewerRecord):
+                    raise
                 # Behind the others: what the store refuses of one must not keep them.
                 logger.warning("The end of a run was refused: %s", error, extra={"action": "report_refused"})
                 self._unreported.rotate(-1)
@@ -320,6 +321,9 @@ class ProcessPresence:
         """Move one thing on; whatever is wrong with it must not keep the others."""
         try:
             return move(*what)
+        except NewerRecord as error:
+            logger.info("%s is left to others: %s", what[0], error, extra={"action": "newer_record", "ref": what[0]})
+            return False
         except StoreUnavailable:
             raise
         except Exception:

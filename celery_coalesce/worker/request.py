@@ -98,7 +98,7 @@ class CoalescedRequest(ReportingRequest):
         try:
             yield engine_of(self.app)
         except StoreUnavailable as error:
-            presence_of(self.app).noticed_away()
+            presence_of(self.app).noticed(error)
             logger.warning(
                 "Task %s[%s] waits for the state server: %s",
                 self.name,
