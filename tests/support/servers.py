@@ -196,6 +196,22 @@ class Sentinel:
         self.master.kill()
         self._wait_promoted()
 
+    def revive(self) -> None:
+        """Start the master that was killed, as a replica; the sentinel would do so some 10 s later."""
+        self.replica.start()
+        with self.replica.client() as client:
+            client.replicaof(HOST, str(self.master.port))
+        self._wait_replicating()
+
+    def cut_off_replica(self) -> None:
+        """Let nothing reach the replica any more that the master is told; it stays fit to be promoted."""
+        with self.replica.client() as replica, self.master.client() as master:
+            # A paused one would find everything in its socket when it goes on.
+            replica.config_set("masteruser", "nobody")
+            replica.config_set("masterauth", "wrong")
+            master.client_kill_filter(_type="replica")
+            wait_until(lambda: replica.info("replication")["master_link_status"] == "down")
+
     def close(self) -> None:
         """Kill all three."""
         self._stack.close()
