@@ -12,11 +12,12 @@ import redis
 from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 
-from celery_coalesce import Coalescer, LeaseLost, NewerRecord, StoreError
+from celery_coalesce import Coalescer, LeaseLost, NewerRecord, StoreError, StoreUnavailable
 from celery_coalesce.calls import HEADER
 from celery_coalesce.dispatch import run_header
 from celery_coalesce.engine import engine_of
 from celery_coalesce.keys import state_id
+from celery_coalesce.presence import ProcessPresence
 from tests.integration.sites import Site, unacknowledged
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import wait_until
@@ -141,6 +142,14 @@ class TestARecordOfANewerVersion:
         assert isinstance(raised.value, OperationalError)
         assert queue.delay(journal.key("other"), 1).disposition.value == "dispatched"
 
+    def test_the_state_server_is_not_taken_to_be_away(self, site: Site) -> None:
+        """It is one key's record that is refused: the gate asks on about others."""
+        presence = ProcessPresence(site.app, "unit")
+        presence.noticed(NewerRecord("it is newer"))
+        assert not presence.store_away
+        presence.noticed(StoreUnavailable("it is away"))
+        assert presence.store_away
+
     def test_a_message_is_kept_for_a_newer_worker(self, make_site: Callable[..., Site], journal: Journal) -> None:
         """Neither failed nor acknowledged; other keys go on; the sweep is not held up by it."""
         site = make_site(coalesce_redispatch_after=2)
@@ -154,6 +163,8 @@ class TestARecordOfANewerVersion:
             lost = queue.delay(journal.key("lost"), 3)
             connection.default_channel.client.delete("celery")
         site.timers_are_over()
+        with site.state.client() as client:  # before the other one's
+            client.zadd("{coalesce}:timers", {f"{state_id('queue', journal.key())}/{newer.run_id}": 0}, xx=True)
         assert lost.get(timeout=20) == 3
         assert not newer.ready()
         assert unacknowledged(site.app) >= 1
@@ -171,11 +182,17 @@ class TestARecordOfANewerVersion:
         first = queue.delay(journal.key(), 1, gate="g")
         journal.wait("start", timeout=20)
         second = queue.delay(journal.key(), 2)
+        other = queue.delay(journal.key("other"), 3, gate="g")
         self.set_version(site, journal.key(), 3)
         journal.open("g")
         assert first.get(timeout=20) == 1
         wait_until(lambda: "could not be reported yet" in worker.logs(), 20)
-        assert queue.delay(journal.key("other"), 3).get(timeout=20) == 3
+        journal.wait("start", key="other", timeout=20)
+        self.set_version(site, journal.key("other"), 3)
+        journal.open("g")
+        assert other.get(timeout=20) == 3
+        wait_until(lambda: worker.logs().count("could not be reported yet") == 2, 20)
+        self.set_version(site, journal.key("other"), 2)
         journal.wait("coalesce_drain", key="other", timeout=20)
 
         self.set_version(site, journal.key(), 2)
