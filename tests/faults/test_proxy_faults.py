@@ -77,7 +77,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(fault, phase, marks=[pytest.mark.xfail(reason=why)] if lost else [])
 
 
-@pytest.mark.parametrize(("fault", "phase"), cases())
+@pytest.mark.parametrize(("fault", "phase"), list(cases()))
 def test_one_request_goes_wrong(fault: str, phase: str, site: Site, journal: Journal) -> None:
     """A run and its follow-up, whatever was lost on the way: each once, never at once, one drain, nothing left."""
     side, about = PHASES[phase]

@@ -13,11 +13,12 @@ from celery.exceptions import TaskRevokedError
 from kombu.exceptions import OperationalError
 
 from celery_coalesce import Coalescer, LeaseLost, NewerRecord, StoreError, StoreUnavailable
-from celery_coalesce.calls import HEADER
+from celery_coalesce.calls import HEADER, encode
 from celery_coalesce.dispatch import run_header
 from celery_coalesce.engine import engine_of
 from celery_coalesce.keys import state_id
 from celery_coalesce.presence import ProcessPresence
+from celery_coalesce.records import Trigger
 from tests.integration.sites import Site, unacknowledged
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import wait_until
@@ -159,13 +160,13 @@ class TestARecordOfANewerVersion:
         worker = site.worker()
         wait_until(lambda: "written by a newer celery-coalesce" in worker.logs(), 20)
         assert queue.delay(journal.key("other"), 2).get(timeout=20) == 2
-        with site.app.connection_for_write() as connection:
-            lost = queue.delay(journal.key("lost"), 3)
-            connection.default_channel.client.delete("celery")
-        site.timers_are_over()
-        with site.state.client() as client:  # before the other one's
-            client.zadd("{coalesce}:timers", {f"{state_id('queue', journal.key())}/{newer.run_id}": 0}, xx=True)
-        assert lost.get(timeout=20) == 3
+        lost = Trigger("lost", journal.key("lost"), encode(((journal.key("lost"), 3), {}), "json"))
+        engine_of(site.app).transitions.trigger(queue.coalesce_policy, lost)  # its producer dies before it publishes
+        with site.state.client() as client:
+            run = f"{state_id('queue', journal.key())}/{newer.run_id}"
+            client.zadd("{coalesce}:timers", {run: 0}, xx=True)  # the sweep comes upon it first
+        site.timers_are_over(but=run)
+        assert site.app.AsyncResult("lost").get(timeout=20) == 3
         assert not newer.ready()
         assert unacknowledged(site.app) >= 1
         assert journal.events("start", key="key") == []
