@@ -45,14 +45,14 @@ def site(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator[S
         ours = stack.enter_context(TCPProxy(state.port))
         theirs = stack.enter_context(TCPProxy(state.port))
         url = state_server.new_db()
-        # Later than a caller that has got no answer calls again.
-        settings = {"coalesce_lease": LEASE, "coalesce_redispatch_after": 5}
+        # Both later than somebody who has got no answer asks again.
+        settings = {"coalesce_lease": 3 * LEASE, "coalesce_redispatch_after": 5}
         app = stack.enter_context(
             make_app(url, url, {"coalesce_redis_url": f"redis://{HOST}:{ours.port}/0", **settings})
         )
         conf = {"coalesce_redis_url": f"redis://{HOST}:{theirs.port}/0"}
-        stack.enter_context(WorkerProcess.serving(app, concurrency=2, conf=conf))
-        site = Site(state, ours, theirs, app, None)  # type: ignore[arg-type]
+        worker = stack.enter_context(WorkerProcess.serving(app, concurrency=2, conf=conf))
+        site = Site(state, ours, theirs, app, lambda *_: worker)
         warm = Journal(stack.enter_context(journal_server.client()))
         link = app.tasks["collect"].s(key=warm.key("link"))
         app.tasks["queue_retry"].apply_async((warm.key(),), {"times": 1, "value": 1}, link=link).get(timeout=20)
@@ -81,6 +81,7 @@ def cases() -> Iterator[Any]:
 def test_one_request_goes_wrong(fault: str, phase: str, site: Site, journal: Journal) -> None:
     """A run and its follow-up, whatever was lost on the way: each once, never at once, one drain, nothing left."""
     side, about = PHASES[phase]
+    logged = len(site.make_worker().logs())
     proxy: TCPProxy = getattr(site, side)
     retries = int(phase == "retry")
     task = site.app.tasks["queue_retry" if retries else "queue"]
@@ -112,3 +113,10 @@ def test_one_request_goes_wrong(fault: str, phase: str, site: Site, journal: Jou
     assert_told_once(journal, "linked", runs=1 + retries)
     assert len(journal.events("start", key="link")) == 1
     assert not journal.events("coalesce_lost")
+    # Known again, it counts once, and nothing has to be noticed by a clock; but for a call whose caller gave up.
+    unknown = fault == "drop reply" and about == sha("trigger")
+    counts = {each["coalesce_triggers"] for each in journal.events("start", key="key")}
+    assert counts == ({1, 2} if unknown else {1})
+    log = site.make_worker().logs()[logged:]
+    assert ("was published again" in log) == (fault == "drop reply" and phase == "trigger")
+    assert "has not heard of it" not in log
