@@ -83,6 +83,10 @@ local function set_timer(run, at)
   redis.call('ZADD', timers, whole(at), ref(run))
 end
 
+local function has_timer(run)
+  return redis.call('ZSCORE', timers, ref(run)) ~= false
+end
+
 local function clear_timer(run)
   redis.call('ZREM', timers, ref(run))
 end
