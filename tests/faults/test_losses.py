@@ -81,18 +81,18 @@ class TestWhatIsFoundByTheNextCall:
         call = Trigger(f"call-{value}", key, encode(((key, value), {}), "json"), times=times)
         engine_of(site.app).transitions.trigger(task.coalesce_policy, call)
 
-    @pytest.mark.parametrize("times", [{}, {"delay": 1500}], ids=["dispatched", "delayed"])
+    @pytest.mark.parametrize(("delay", "asked"), [(None, {}), (5000, {"countdown": 60})], ids=["dispatched", "delayed"])
     def test_the_timer_of_a_run_without_a_message(
-        self, times: dict[str, int], make_site: Callable[..., Site], journal: Journal
+        self, delay: int | None, asked: dict[str, int], make_site: Callable[..., Site], journal: Journal
     ) -> None:
         """The call that joins it gives it another."""
         site = make_site(coalesce_redispatch_after=1)
-        self.trigger(site, journal.key(), 1, **times)
+        self.trigger(site, journal.key(), 1, **({"delay": delay} if delay else {}))
         with site.state.client() as client:
             delete("timers")(client)
         site.worker(concurrency=1)
         journal.assert_never("start", within=2)
-        result = site.app.tasks["queue"].delay(journal.key(), 2)
+        result = site.app.tasks["queue"].apply_async((journal.key(), 2), **asked)
         assert result.get(timeout=20) == 2
         site.wait_idle()
         assert_told_once(journal, runs=1)
