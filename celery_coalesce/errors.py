@@ -207,7 +207,7 @@ class StoreUnavailable(CoalesceError, OperationalError):
     """
 
 
-class NewerRecord(StoreUnavailable):
+class NewerRecord(StoreUnavailable, StoreError):
     """The key was last touched by a newer celery-coalesce, whose record this one can not read.
 
     Of all keys only this one is refused, until its session has ended or the process is upgraded. A worker keeps the

@@ -239,7 +239,7 @@ class RedisStore:
             raise StoreUnavailable(f"the state server {self.address} can not be reached: {error}") from error
         except RedisError as error:
             if code_of(error) == NEWER:
-                raise NewerRecord(str(error)) from error
+                raise NewerRecord(f"{error}; upgrade this process") from error
             if is_outage(error):
                 raise StoreUnavailable(f"the state server {self.address} refused for now: {error}") from error
             raise StoreError(f"the state server {self.address} refused: {error}") from error
