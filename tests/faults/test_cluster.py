@@ -39,7 +39,7 @@ def make_clustered_app(make_app: MakeApp, cluster: ValkeyCluster) -> Callable[..
 
     def make(**conf: Any) -> HarnessApp:
         url = cluster.url().replace("redis://", "redis+cluster://")
-        return make_app(conf={"coalesce_redis_url": url, "coalesce_lease": 3, "coalesce_redispatch_after": 5, **conf})
+        return make_app(conf={"coalesce_redis_url": url, "coalesce_lease": 3, "coalesce_redispatch_after": 30, **conf})
 
     return make
 

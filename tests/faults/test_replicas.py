@@ -43,7 +43,7 @@ def make_safe_app(make_app: MakeApp, sentinel: Sentinel) -> Callable[..., Harnes
 
     def make(replicas: int = 1, **conf: Any) -> HarnessApp:
         url = f"sentinel://{HOST}:{sentinel.sentinel.port}/{sentinel.master_name}"
-        settings = {"coalesce_redis_url": url, "coalesce_wait_replicas": replicas, "coalesce_redispatch_after": 2}
+        settings = {"coalesce_redis_url": url, "coalesce_wait_replicas": replicas, "coalesce_redispatch_after": 30}
         return make_app(conf={**settings, "coalesce_lease": 3, **conf})
 
     return make
@@ -66,7 +66,7 @@ class TestAReplicaThatDoesNotAnswer:
         self, make_safe_app: Callable[..., HarnessApp], make_worker: MakeWorker, sentinel: Sentinel, journal: Journal
     ) -> None:
         """The change may be lost, so nobody is told that it was made; the caller tries again, and both are one run."""
-        app = make_safe_app()
+        app = make_safe_app(coalesce_redispatch_after=2)
         queue = app.tasks["queue"]
         queue.delay(journal.key("warm"))
         sentinel.replica.pause()
@@ -117,7 +117,7 @@ class TestAReplicaThatDoesNotAnswer:
         self, make_safe_app: Callable[..., HarnessApp], make_worker: MakeWorker, sentinel: Sentinel, journal: Journal
     ) -> None:
         """A body begins once its lease is where a failover finds it; asked again, the answer is the same lease."""
-        app = make_safe_app(coalesce_redispatch_after=30)
+        app = make_safe_app()
         worker = make_worker(app, concurrency=1)
         queue = app.tasks["queue"]
         assert queue.delay(journal.key("warm"), 0).get(timeout=20) == 0
@@ -139,7 +139,7 @@ class TestAReplicaThatDoesNotAnswer:
         self, make_safe_app: Callable[..., HarnessApp], make_worker: MakeWorker, sentinel: Sentinel, journal: Journal
     ) -> None:
         """The run has ended and its follow-up has a slot, but nobody publishes it before a replica knows."""
-        app = make_safe_app(coalesce_redispatch_after=30)
+        app = make_safe_app()
         worker = make_worker(app, concurrency=1)
         queue = app.tasks["queue"]
         first = queue.delay(journal.key(), 1, gate="g")
