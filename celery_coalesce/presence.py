@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -315,7 +316,12 @@ class ProcessPresence:
 
     def _announce(self, drains: tuple[bytes, ...]) -> None:
         for blob in drains:
-            announce_drain(engine_of(self._app), blob, self.bus())
+            announce = partial(announce_drain, engine_of(self._app), blob, self.bus(), by=self.owner)
+            try:
+                announce()
+            except StoreUnavailable:
+                self.report_later(announce)
+                raise
 
     def _each(self, move: Callable[..., bool], *what: str) -> bool:
         """Move one thing on; whatever is wrong with it must not keep the others."""

@@ -133,5 +133,6 @@ class Answer(Word):
     OVERDUE = "overdue"
     ALIVE = "alive"
     GRACE = "grace"
+    TAKEN = "taken"
     IDLE = "idle"
     RECORD = "record"

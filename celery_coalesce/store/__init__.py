@@ -34,10 +34,6 @@ class Store(Protocol):
         """Return some members of a set."""
         ...
 
-    def take(self, key: str, member: bytes) -> bool:
-        """Remove a member of a sorted set; return whether it was this call that did."""
-        ...
-
     def receive(self, key: str, seconds: float) -> bytes | None:
         """Take what is handed to a list; ``None`` if nothing is within some seconds."""
         ...

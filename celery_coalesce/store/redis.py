@@ -146,11 +146,6 @@ class RedisStore:
         with self._errors():
             return [member.decode() for member in self._connected().srandmember(key, most)]
 
-    def take(self, key: str, member: bytes) -> bool:
-        """Remove a member of a sorted set; return whether it was this call that did."""
-        with self._errors():
-            return bool(self._connected().zrem(key, member))
-
     def receive(self, key: str, seconds: float) -> bytes | None:
         """Take what is handed to a list; ``None`` if nothing is within some seconds.
 

@@ -41,6 +41,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "heartbeat": ("meta", "presence", "timers", "drains"),
     "overdue": ("meta", "presence", "timers", "drains"),
     "bury": ("presence", "held"),
+    "take": ("meta", "drains"),
     "hand": ("list",),
     "show": RECORD,
     "keys": ("busy",),

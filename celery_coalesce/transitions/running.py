@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ..keys import constraint_id, state_id
@@ -28,7 +27,7 @@ from ..records import (
 )
 from ..states import Answer, Disposition, Mode, OnRetry, Overflow, Rule, RunState
 from ..store import MOST_AT_ONCE
-from ..views import RunMeta
+from ..views import RunMeta, pack_drain
 from .base import Base, as_blob, as_text, new_nonce
 
 __all__ = ["Running"]
@@ -303,7 +302,7 @@ class Running(Base):
             if ended.rest:
                 asked["cooldown"], asked["rest"] = _ms(ended.cooldown), _ms(ended.rest)
         keys = (*names.record(lease.state), names.held(lease.owner), names.drains, names.history)
-        blob = json.dumps(asdict(drain)).encode() if drain is not None else b""
+        blob = pack_drain(drain) if drain is not None else b""
         reply = self._call("finish", keys, lease.state, asked, blob)
         answer = as_text(reply[0])
         if answer == Answer.FOLLOWERS:

@@ -6,7 +6,7 @@ import json
 
 from ..records import Lease, LostLease, Overdue, Sent, Woken
 from ..states import Answer
-from ..views import RunMeta
+from ..views import RunMeta, unpack_drain
 from .base import Base, as_blob, as_text
 
 __all__ = ["SLICE", "Sweeping"]
@@ -89,8 +89,15 @@ class Sweeping(Base):
         """Let a key's waiting runs have what somebody of another key gave way."""
         return self._sent(state, self._call("advance", self.store.names.record(state), state, {})[1])
 
-    def take_drain(self, blob: bytes) -> RunMeta | None:
-        """Take a recorded drain out of the store, to announce it; ``None`` if another process has."""
-        if not self.store.take(self.store.names.drains, blob):
-            return None
-        return RunMeta(**json.loads(blob))
+    def take_drain(self, blob: bytes, by: str) -> RunMeta | None:
+        """Take a recorded drain out of the store, to announce it; ``None`` if another process has.
+
+        Args:
+            blob: The drain.
+            by: The process. Where the answer was lost, it takes the same again.
+        """
+        meta = unpack_drain(blob)
+        names = self.store.names
+        asked = json.dumps({"by": f"{by}/{meta.token}"})
+        reply = self.store.call("take", (names.meta, names.drains), asked, blob)
+        return meta if as_text(reply[0]) == Answer.TAKEN else None

@@ -122,10 +122,6 @@ class Twice:
         """Return some members of a set."""
         return self.store.members(key, most)
 
-    def take(self, key: str, member: bytes) -> bool:
-        """Remove a member of a sorted set."""
-        return self.store.take(key, member)
-
 
 def same(one: Any, other: Any) -> bool:
     """Compare two replies or snapshots; numbers above 20 are times, which go on between them."""

@@ -125,12 +125,12 @@ def _kill_once(journal: Journal, key: str) -> None:
 _take_drain = Transitions.take_drain
 
 
-def _take_drain_or_die(self: Transitions, blob: bytes) -> Any:
+def _take_drain_or_die(self: Transitions, blob: bytes, by: str) -> Any:
     """Die between the record of a drain and its announcement: no signal stands there."""
     journal, key = journal_of(json.loads(blob)["key"])
     if key == "kills:take_drain":
         _kill_once(journal, key)
-    return _take_drain(self, blob)
+    return _take_drain(self, blob, by)
 
 
 if BROKER_VARIABLE in os.environ:  # in a worker
