@@ -310,7 +310,8 @@ class Call:
                 self._task.backend.on_task_call(one, self.asking.trigger.task_id)
 
     def _publish_run(self, accepted: Accepted, producer: Any) -> None:
-        headers = {**(self._options.get("headers") or {}), HEADER: run_header(self._state, accepted.run)}
+        header = run_header(self._state, accepted.run, wait=accepted.delay or 0)
+        headers = {**(self._options.get("headers") or {}), HEADER: header}
         if accepted.delay:
             headers["eta"] = eta_header(accepted.delay)
         options = {name: value for name, value in self._options.items() if name not in HELD}

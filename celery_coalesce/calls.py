@@ -230,3 +230,17 @@ def moment(app: Celery, value: Any) -> int:
 def eta_header(delay: int) -> str:
     """Return the ``eta`` header of a message that waits for some milliseconds."""
     return (datetime.now(timezone.utc) + timedelta(milliseconds=delay)).isoformat()
+
+
+def eta_here(eta: datetime | None, header: object) -> datetime | None:
+    """Return the moment at which a worker brings a waiting message to the gate, by the worker's own clock.
+
+    Args:
+        eta: The moment by the clock of whoever published the message. A worker whose clock is ahead comes too early,
+            and is told by the record how long to wait; one whose clock is behind would come hours late.
+        header: What the message says of its run.
+    """
+    wait = header.get("wait") if isinstance(header, dict) else None
+    if eta is None or not isinstance(wait, int):
+        return eta
+    return min(eta, datetime.now(timezone.utc) + timedelta(milliseconds=wait))

@@ -29,9 +29,18 @@ __all__ = ["publish_all", "run_header"]
 logger = logging.getLogger("celery_coalesce")
 
 
-def run_header(state: str, run: str, attempt: int = 0, version: int = 0) -> dict[str, Any]:
-    """Return the header by which a message names its run, and the arguments that it carries."""
-    return {"state": state, "run": run, "attempt": attempt, "version": version}
+def run_header(state: str, run: str, attempt: int = 0, version: int = 0, *, wait: int = 0) -> dict[str, Any]:
+    """Return the header by which a message names its run, and the arguments that it carries.
+
+    Args:
+        state: The key's state id.
+        run: The run.
+        attempt: The run's attempt that it wakes.
+        version: Of its arguments.
+        wait: Milliseconds that it waits.
+    """
+    header = {"state": state, "run": run, "attempt": attempt, "version": version}
+    return {**header, "wait": wait} if wait > 0 else header
 
 
 def publish_all(engine: Engine, sent: Iterable[Sent]) -> None:
@@ -105,7 +114,7 @@ def send(
     ignored = options.pop("ignore_result", task.ignore_result if task is not None else None)
     headers = {
         **(options.pop("headers", None) or {}),
-        HEADER: run_header(envelope.state, envelope.run, envelope.attempt, envelope.version),
+        HEADER: run_header(envelope.state, envelope.run, envelope.attempt, envelope.version, wait=envelope.delay),
         # The publisher is not the caller: celery.app.base.Celery.send_task (5.5-5.7) would make the task that it is
         # just running the parent, and open a subscription for a result that nobody waits for here.
         "parent_id": options.get("parent_id"),

@@ -7,6 +7,7 @@ never not at all.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,7 @@ from .errors import LeaseLost, PredecessorFailed, StoreError, Superseded
 from .plain import PLAIN, answer
 from .records import Ended, Finished
 from .states import OnError, Outcome
-from .transitions.base import as_drain
-from .views import RunMeta
+from .views import RunMeta, pack_drain
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -119,16 +119,16 @@ def end_run(
     while True:
         reply = engine.transitions.finish(lease, told=told, ended=ended, drain=drain, announced=watched)
         if reply is None:
-            # Or it was carried out, and the answer lost.
             if drain is not None and watched:
-                announce_drain(engine, as_drain(drain), bus, by=lease.token)
+                # The answers may have been lost that this run was ended, or that its drain was taken.
+                announce_drain(engine, pack_drain(drain), bus, by=_this_process())
             return False
         if isinstance(reply, Finished):
             publish_all(engine, reply.sent)
             for run in stopped:
                 tell_cleared(engine, run, bus)
             if reply.drain and watched:
-                announce_drain(engine, reply.drain, bus, by=lease.token)
+                announce_drain(engine, reply.drain, bus, by=_this_process())
             return True
         for blob in reply.blobs:
             if lease.task in PLAIN:
@@ -311,17 +311,22 @@ def done_once(app: Celery, task_name: str, task_id: str) -> Ending:
     return Ending(Outcome.SKIPPED, value=done.value if done is not None else None)
 
 
+def _this_process() -> str:
+    # With the run's token unique: all who report its end are processes of one machine.
+    return str(os.getpid())
+
+
 def announce_drain(engine: Engine, blob: bytes, bus: EventBus, *, by: str) -> None:
     """Announce a recorded drain, unless another process has.
 
     Args:
         engine: The app's engine.
         blob: The drain.
-        bus: Where its event goes.
-        by: What the caller is known again by, should it have to ask again.
+        bus: Where it is announced.
+        by: The process that takes it.
 
     Raises:
-        StoreUnavailable: Whether it is the caller's is not known; call again.
+        StoreUnavailable: It may have been taken; the same call again announces it.
     """
     meta = engine.transitions.take_drain(blob, by)
     if meta is not None:

@@ -14,6 +14,7 @@ __all__ = [
     "HoldTimeout",
     "InvalidKey",
     "LeaseLost",
+    "NewerRecord",
     "NotReentrant",
     "OptionError",
     "PredecessorFailed",
@@ -199,4 +200,16 @@ class StoreError(CoalesceError):
 
 
 class StoreUnavailable(CoalesceError, OperationalError):
-    """The state server can not be reached. A ``kombu.exceptions.OperationalError``, as a dead broker raises."""
+    """The state server can not be reached, or can not do now what it is asked for.
+
+    A ``kombu.exceptions.OperationalError``, as a dead broker raises. What was asked for may have been carried out: the
+    answer was lost, or there were not the replicas that ``coalesce_wait_replicas`` asks for.
+    """
+
+
+class NewerRecord(StoreUnavailable, StoreError):
+    """The key was last touched by a newer celery-coalesce, whose record this one can not read.
+
+    Of all keys only this one is refused, until its session has ended or the process is upgraded. A worker keeps the
+    key's messages meanwhile.
+    """

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -32,7 +33,7 @@ from .endings import (
     tell_cleared,
 )
 from .engine import engine_of
-from .errors import CoalesceError, LeaseLost, StoreUnavailable
+from .errors import CoalesceError, LeaseLost, NewerRecord, StoreUnavailable
 from .plain import PLAIN
 from .records import LostLease
 from .states import Outcome
@@ -80,8 +81,6 @@ class ProcessPresence:
         self._leases: dict[str, tuple[Lease, int | None]] = {}
         self._leases_guard = threading.Lock()
         self._unreported: deque[Callable[[], Any]] = deque()
-        #: Drains that are being announced: whether they are ours the store has not said yet.
-        self._unannounced: list[bytes] = []
         self._threads: list[threading.Thread] = []
         self._ended = threading.Event()
         self._wake_beat = threading.Event()
@@ -105,10 +104,11 @@ class ProcessPresence:
     def leave(self) -> None:
         """Note that it does no more."""
 
-    def noticed_away(self) -> None:
+    def noticed(self, error: StoreUnavailable) -> None:
         """Note that the store could not be reached; the heartbeat notices when it is back."""
-        self.store_away = True
-        self._wake_beat.set()
+        if not isinstance(error, NewerRecord):
+            self.store_away = True
+            self._wake_beat.set()
 
     def abandoned(self, lease: Lease) -> None:
         """Note a lease whose body is gone, but whose end could not be reported."""
@@ -224,9 +224,9 @@ class ProcessPresence:
             report = self._unreported[0]
             try:
                 report()
-            except StoreUnavailable:
-                raise
             except CoalesceError as error:
+                if isinstance(error, StoreUnavailable) and not isinstance(error, NewerRecord):
+                    raise
                 # Behind the others: what the store refuses of one must not keep them.
                 logger.warning("The end of a run was refused: %s", error, extra={"action": "report_refused"})
                 self._unreported.rotate(-1)
@@ -294,8 +294,6 @@ class ProcessPresence:
     def _sweep(self) -> None:
         """Move on whatever dead processes, messages and clocks have left."""
         transitions = engine_of(self._app).transitions
-        # Ours, it may be, since a look whose answer was lost: then nobody else finds them any more.
-        self._announce_all()
         for _ in range(MOST_SLICES):
             overdue = transitions.overdue()
             if not overdue or self._ended.is_set():
@@ -317,18 +315,21 @@ class ProcessPresence:
                 return
 
     def _announce(self, drains: tuple[bytes, ...]) -> None:
-        self._unannounced += [blob for blob in drains if blob not in self._unannounced]
-        self._announce_all()
-
-    def _announce_all(self) -> None:
-        while self._unannounced:
-            announce_drain(engine_of(self._app), self._unannounced[0], self.bus(), by=self.owner)
-            self._unannounced.pop(0)
+        for blob in drains:
+            announce = partial(announce_drain, engine_of(self._app), blob, self.bus(), by=self.owner)
+            try:
+                announce()
+            except StoreUnavailable:
+                self.report_later(announce)
+                raise
 
     def _each(self, move: Callable[..., bool], *what: str) -> bool:
         """Move one thing on; whatever is wrong with it must not keep the others."""
         try:
             return move(*what)
+        except NewerRecord as error:
+            logger.info("%s is left to others: %s", what[0], error, extra={"action": "newer_record", "ref": what[0]})
+            return False
         except StoreUnavailable:
             raise
         except Exception:

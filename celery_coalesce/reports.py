@@ -260,6 +260,8 @@ def _report_later() -> None:
             try:
                 _unreported[0]()
             except StoreUnavailable:
+                # Behind the others: it may be its key alone that is refused.
+                _unreported.rotate(-1)
                 never.wait(REPORT_AGAIN)
             except Exception:
                 logger.exception("A delayed report failed", extra={"action": "report_failed"})

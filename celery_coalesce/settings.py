@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "coalesce_lease": 30,
     "coalesce_redispatch_after": 60,
     "coalesce_on_outage": Outage.RAISE.value,
+    "coalesce_wait_replicas": 0,
     "coalesce_events": True,
 }
 
@@ -39,6 +40,8 @@ class Settings:
     lease: float
     redispatch_after: float
     on_outage: Outage
+    #: How many replicas must have a change of the state before anybody acts on it.
+    wait_replicas: int
     events: bool
 
     @classmethod
@@ -63,6 +66,7 @@ class Settings:
             lease=_seconds("coalesce_lease", given["coalesce_lease"], 1),
             redispatch_after=_seconds("coalesce_redispatch_after", given["coalesce_redispatch_after"], 1),
             on_outage=_outage(given["coalesce_on_outage"]),
+            wait_replicas=_count("coalesce_wait_replicas", given["coalesce_wait_replicas"]),
             events=_flag("coalesce_events", given["coalesce_events"]),
         )
 
@@ -100,6 +104,12 @@ def _seconds(setting: str, value: object, least: float) -> float:
             setting, value, f"is not a number of seconds from {least} to {LONGEST}", "give such a number"
         )
     return float(value)
+
+
+def _count(setting: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SettingError(setting, value, "is not a whole number from 0 on", "give such a number")
+    return value
 
 
 def _namespace(value: object) -> str:

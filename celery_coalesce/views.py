@@ -11,7 +11,16 @@ from typing import Any
 from .records import Lease
 from .states import Disposition, Outcome, RunState
 
-__all__ = ["ConstraintView", "RecordView", "RunMeta", "RunView", "TaskHistory", "TriggerMeta"]
+__all__ = [
+    "ConstraintView",
+    "RecordView",
+    "RunMeta",
+    "RunView",
+    "TaskHistory",
+    "TriggerMeta",
+    "pack_drain",
+    "unpack_drain",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,16 @@ class RunMeta:
             triggers=lease.triggers,
             labels=json.loads(lease.labels) if lease.labels else {},
         )
+
+
+def pack_drain(meta: RunMeta) -> bytes:
+    """Return what a drain is announced with, as it is put aside in the store."""
+    return json.dumps(asdict(meta)).encode()
+
+
+def unpack_drain(blob: bytes) -> RunMeta:
+    """Return what a drain is announced with."""
+    return RunMeta(**json.loads(blob))
 
 
 @dataclass(frozen=True)

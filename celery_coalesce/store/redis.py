@@ -1,4 +1,4 @@
-"""The only module that speaks to Redis.
+"""Transitions on Redis.
 
 The server that holds the records is the broker where that is a Redis, else the result backend, else what
 ``coalesce_redis_url`` names. A connection is made by the first call of a process, and none is shared across a fork:
@@ -12,32 +12,17 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
 
-import redis
-from kombu.exceptions import OperationalError
-from kombu.utils.url import maybe_sanitize_url
-from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
-from redis.exceptions import (
-    ConnectionError as RedisConnectionError,
-)
-from redis.exceptions import (
-    NoScriptError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
-from redis.exceptions import (
-    TimeoutError as RedisTimeoutError,
-)
-from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from ..errors import SettingError, StoreError, StoreUnavailable
+from ..errors import NewerRecord, SettingError, StoreError, StoreUnavailable
 from ..keys import Names
 from ..settings import Settings
 from . import MOST_AT_ONCE
+from .clients import Client, from_url, is_redis, like_backend, like_broker, shown
+from .refusals import NEWER, OUTAGES, code_of, is_outage
+from .replicas import WAIT_FOR, connected, sent_and_kept
 from .scripts import script
 
 if TYPE_CHECKING:
@@ -47,25 +32,10 @@ __all__ = ["RedisStore", "connect"]
 
 logger = logging.getLogger("celery_coalesce")
 
-#: Seconds for one answer of the server.
-SOCKET_TIMEOUT = 3.0
-#: Seconds for one connection.
-CONNECT_TIMEOUT = 3.0
-#: How often a call is tried again after a broken connection; not after a timeout, which has cost enough by then.
-#: Transitions are idempotent, so a lost reply does no harm.
-RETRIES = 2
-
 #: The least time, in seconds, that a command may block for: 0 would be for ever.
 LEAST_WAIT = 0.01
 
-#: Whoever waits for its turn has a connection of its own; the heartbeat must not be left without one.
-MOST_CONNECTIONS = 10_000
-
 OLDEST_REDIS = (6, 2)
-
-URL_REMEDY = "use redis://, rediss://, unix://, sentinel://host:26379/master-name or redis+cluster://host:port"
-
-Client = Any  # redis.Redis or RedisCluster: their common base is private
 
 
 class RedisStore:
@@ -75,11 +45,13 @@ class RedisStore:
         make_client: Makes the client, on the first call.
         names: The names of everything in Redis.
         address: The server as it may be shown to people.
+        replicas: How many replicas must have a change before it counts as made.
     """
 
-    def __init__(self, make_client: Callable[[], Client], names: Names, address: str) -> None:
+    def __init__(self, make_client: Callable[[], Client], names: Names, address: str, replicas: int = 0) -> None:
         self.names = names
         self.address = address
+        self._replicas = replicas
         self._make_client = make_client
         self._client: Client | None = None
         self._lock = threading.Lock()
@@ -88,17 +60,40 @@ class RedisStore:
         """Run a transition and return its reply.
 
         Raises:
-            StoreUnavailable: The server can not be reached.
+            StoreUnavailable: The server can not be reached, or has too few replicas: then the transition has run, and
+                may or may not outlive a failover.
             StoreError: It refused.
         """
         transition = script(script_name)
         with self._errors():
-            client = self._connected()
+            run = self._run if not (self._replicas and transition.lasting) else self._run_and_keep
             try:
-                reply: list[Any] = client.evalsha(transition.sha, len(keys), *keys, *argv)
+                reply: list[Any] = run("EVALSHA", transition.sha, len(keys), *keys, *argv)
             except NoScriptError:
-                reply = client.eval(transition.text, len(keys), *keys, *argv)
+                reply = run("EVAL", transition.text, len(keys), *keys, *argv)
             return reply
+
+    def _run(self, *command: str | bytes | int) -> list[Any]:
+        reply: list[Any] = self._connected().execute_command(*command)
+        return reply
+
+    def _run_and_keep(self, *command: str | bytes | int) -> list[Any]:
+        reply: list[Any] | Exception = self._sent_and_kept([command])[0]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _sent_and_kept(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        replies, there = sent_and_kept(self._connected(), commands, meta=self.names.meta, replicas=self._replicas)
+        if there < self._replicas and not isinstance(replies[0], Exception):
+            raise self._too_few(f"{there} of them had the change within {WAIT_FOR} s")
+        return replies
+
+    def _too_few(self, there: str) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"the state server {self.address} has not the replicas that "
+            f"coalesce_wait_replicas={self._replicas!r} asks for: {there}; bring them back, or ask for fewer"
+        )
 
     def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
         """Run transitions in their order, some hundreds to a round trip.
@@ -123,7 +118,7 @@ class RedisStore:
 
     def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
         with self._errors():
-            pipeline = self._connected().pipeline(transaction=False)
+            commands = []
             sent = set()
             for name, keys, *argv in calls:
                 transition = script(name)
@@ -131,9 +126,15 @@ class RedisStore:
                 # cost a round trip, and mix up the order of calls if another client made it known in between.
                 known = ("EVALSHA", transition.sha) if name in sent else ("EVAL", transition.text)
                 sent.add(name)
-                # ClusterPipeline.evalsha (redis-py 6.4-8.1) refuses: it can not know that all keys have one slot.
-                pipeline.execute_command(*known, len(keys), *keys, *argv)
-            replies = pipeline.execute(raise_on_error=False)
+                commands.append((*known, len(keys), *keys, *argv))
+            if self._replicas:
+                replies = self._sent_and_kept(commands)
+            else:
+                pipeline = self._connected().pipeline(transaction=False)
+                for command in commands:
+                    # ClusterPipeline.evalsha (redis-py 6.4-8.1) refuses: it can not know that all keys have one slot.
+                    pipeline.execute_command(*command)
+                replies = pipeline.execute(raise_on_error=False)
         for reply in replies:
             with self._errors():
                 if isinstance(reply, Exception):
@@ -181,6 +182,7 @@ class RedisStore:
                 if self._client is None:
                     client = self._make_client()
                     self._inspect(client)
+                    self._count_replicas(client)
                     self._client = client
         return self._client
 
@@ -216,14 +218,25 @@ class RedisStore:
                 extra={"action": "evicting_server", "policy": policy},
             )
 
+    def _count_replicas(self, client: Client) -> None:
+        """Fail before anything is changed where there are too few replicas to begin with."""
+        if self._replicas and (there := connected(client, self.names.meta)) < self._replicas:
+            raise self._too_few(f"{there} are connected")
+
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         """Turn redis-py's errors into ours; no message of theirs names a password."""
         try:
             yield
-        except (RedisConnectionError, RedisTimeoutError, RedisClusterException, OperationalError) as error:
+        except StoreUnavailable:
+            raise
+        except OUTAGES as error:
             raise StoreUnavailable(f"the state server {self.address} can not be reached: {error}") from error
         except RedisError as error:
+            if code_of(error) == NEWER:
+                raise NewerRecord(f"{error}; upgrade this process") from error
+            if is_outage(error):
+                raise StoreUnavailable(f"the state server {self.address} refused for now: {error}") from error
             raise StoreError(f"the state server {self.address} refused: {error}") from error
 
 
@@ -237,151 +250,23 @@ def connect(app: Celery, settings: Settings) -> RedisStore:
     """
     url = settings.redis_url
     if url is not None:
-        return RedisStore(_from_url(url), Names("", settings.namespace), _shown(url))
+        return RedisStore(from_url(url), Names("", settings.namespace), shown(url), settings.wait_replicas)
     broker = app.conf.broker_write_url or app.conf.broker_url or ""
     backend = app.conf.result_backend or ""
     if isinstance(broker, list | tuple):
         broker = broker[0] if broker else ""
-    if _is_redis(broker):
+    if is_redis(broker):
         prefix = str((app.conf.broker_transport_options or {}).get("global_keyprefix", ""))
-        return RedisStore(lambda: _like_broker(app), Names(prefix, settings.namespace), _shown(broker))
-    if isinstance(backend, str) and _is_redis(backend):
+        names = Names(prefix, settings.namespace)
+        return RedisStore(lambda: like_broker(app), names, shown(broker), settings.wait_replicas)
+    if isinstance(backend, str) and is_redis(backend):
         options = app.conf.result_backend_transport_options or {}
         prefix = str(options.get("global_keyprefix", ""))
-        return RedisStore(lambda: _like_backend(app), Names(prefix, settings.namespace), _shown(backend))
+        names = Names(prefix, settings.namespace)
+        return RedisStore(lambda: like_backend(app), names, shown(backend), settings.wait_replicas)
     raise SettingError(
         "coalesce_redis_url",
         None,
         "is not set, and neither the broker nor the result backend is a Redis or Valkey",
         "set coalesce_redis_url to a Redis or Valkey server that all producers and workers share",
     )
-
-
-def _is_redis(url: str) -> bool:
-    return url.split("://", 1)[0].split("+", 1)[0] in {"redis", "rediss", "sentinel", "valkey", "valkeys"}
-
-
-def _shown(url: str) -> str:
-    """Return a URL without its password."""
-    try:
-        return str(maybe_sanitize_url(url.split(";", 1)[0])).split("?", 1)[0]
-    except ValueError:
-        return "..."
-
-
-def _options() -> dict[str, Any]:
-    return {
-        "socket_timeout": SOCKET_TIMEOUT,
-        "socket_connect_timeout": CONNECT_TIMEOUT,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.05), RETRIES, supported_errors=(RedisConnectionError,)),
-        "decode_responses": False,
-        "max_connections": MOST_CONNECTIONS,
-        # RESP3's greeting fails on a server that is too old, before it can be refused by its version.
-        "protocol": 2,
-    }
-
-
-def _from_url(url: str) -> Callable[[], Client]:
-    """Return what makes a client from a URL, once the URL has been read."""
-    if url.startswith("sentinel://"):
-        try:
-            return _sentinel(url)
-        except ValueError as error:
-            raise SettingError("coalesce_redis_url", "...", f"can not be read ({error})", URL_REMEDY) from None
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - raises for a port that is no number
-    except ValueError as error:
-        raise SettingError("coalesce_redis_url", "...", f"can not be read ({error})", URL_REMEDY) from None
-    scheme = parts.scheme
-    if scheme in {"redis+cluster", "rediss+cluster"}:
-        plain = scheme.split("+")[0] + url[len(scheme) :]
-        return lambda: RedisCluster.from_url(plain, **_options())
-    scheme = {"valkey": "redis", "valkeys": "rediss", "redis+socket": "unix"}.get(scheme, scheme)
-    if scheme not in {"redis", "rediss", "unix"}:
-        raise SettingError("coalesce_redis_url", _shown(url), f"has the unknown scheme {scheme!r}", URL_REMEDY)
-    plain = scheme + url[len(parts.scheme) :]
-    try:
-        pool = redis.ConnectionPool.from_url(plain, **_options())
-    except ValueError as error:
-        raise SettingError("coalesce_redis_url", _shown(url), f"can not be read ({error})", URL_REMEDY) from None
-    return lambda: redis.Redis(connection_pool=pool)
-
-
-def _sentinel(url: str) -> Callable[[], Client]:
-    """``sentinel://[user:password@]host:port[;sentinel://host:port ...]/master-name?db=0&sentinel_password=...``."""
-    hosts = []
-    user = password = None
-    path, query = "", ""
-    for part in url.split(";"):
-        parts = urlsplit(part)
-        hosts.append((parts.hostname or "127.0.0.1", parts.port or 26379))
-        user, password = parts.username or user, parts.password or password
-        path, query = parts.path.strip("/") or path, parts.query or query
-    given = dict(parse_qsl(query))
-    name = path or given.pop("master_name", "")
-    if not name:
-        raise SettingError(
-            "coalesce_redis_url", _shown(url), "names no master", "write sentinel://host:26379/master-name"
-        )
-    sentinel_options = {
-        key: given.pop(f"sentinel_{key}") for key in ("username", "password") if f"sentinel_{key}" in given
-    }
-    options = {**_options(), "username": user, "password": password, "db": int(given.pop("db", "0"))}
-    if given:
-        unknown = ", ".join(sorted(given))
-        raise SettingError(
-            "coalesce_redis_url",
-            _shown(url),
-            f"has the unknown parameters {unknown}",
-            "known are db, master_name, sentinel_username, sentinel_password",
-        )
-
-    def make() -> Client:
-        sentinel = Sentinel(
-            hosts,
-            sentinel_kwargs={**_options(), "retry": Retry(ExponentialBackoff(), 0), **sentinel_options},
-            **options,
-        )
-        return sentinel.master_for(name)
-
-    return make
-
-
-def _like_broker(app: Celery) -> Client:
-    """Return a client that reaches the broker as kombu does.
-
-    ``Channel.pool`` (kombu.transport.redis, 5.5-5.7) has worked out TLS, credentials, Sentinel and failover. Its
-    settings are taken over into a pool of our own: kombu's is bounded to ten connections and has no timeouts.
-    """
-    with app.connection_for_write() as connection:
-        return _own_pool(connection.default_channel.pool)
-
-
-def _like_backend(app: Celery) -> Client:
-    """Return a client that reaches the result backend as Celery does (celery.backends.redis, 5.5-5.7)."""
-    return _own_pool(app.backend.client.connection_pool)
-
-
-#: What of a pool's settings says where the server is and how to be let in; the rest is that pool's own.
-_ADDRESS = frozenset(
-    {"host", "port", "path", "db", "username", "password", "credential_provider", "client_name",
-     "health_check_interval", "socket_keepalive", "socket_keepalive_options"}
-)  # fmt: skip
-
-
-def _own_pool(pool: Any) -> Client:
-    kwargs = {
-        name: value
-        for name, value in pool.connection_kwargs.items()
-        if (name in _ADDRESS or name.startswith("ssl_")) and value is not None
-    }
-    kwargs.update(_options())
-    manager = getattr(pool, "sentinel_manager", None)
-    if manager is not None:
-        secure = issubclass(pool.connection_class, redis.SSLConnection)
-        sentinel_pool = redis.sentinel.SentinelConnectionPool(pool.service_name, manager, ssl=secure, **kwargs)
-        return redis.Redis(connection_pool=sentinel_pool)
-    if issubclass(pool.connection_class, redis.UnixDomainSocketConnection):
-        kwargs.pop("socket_connect_timeout", None)
-    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))

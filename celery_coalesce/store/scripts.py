@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-__all__ = ["SCRIPTS", "Script", "script"]
+__all__ = ["PASSING", "SCRIPTS", "Script", "script"]
 
 _INCLUDE = re.compile(r"^--# include (\w+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
@@ -50,6 +50,11 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Those that change nothing, or nothing that anybody would miss after a failover. The heartbeat is not among them: it
+#: finds out whether replicas are there.
+PASSING = frozenset({"check", "overdue", "bury", "hand", "show", "keys", "constraints", "history"})
+
+
 @dataclass(frozen=True)
 class Script:
     """One transition, ready to be called."""
@@ -57,6 +62,8 @@ class Script:
     name: str
     keys: tuple[str, ...]
     text: str
+    #: Whether what it changes has to outlive a failover.
+    lasting: bool
     sha: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,4 +82,5 @@ def _included(text: str) -> str:
 @cache
 def script(name: str) -> Script:
     """Return a transition by name, its includes put in."""
-    return Script(name, SCRIPTS[name], _COMMENT.sub("", _included(_read(f"{name}.lua"))))
+    text = _COMMENT.sub("", _included(_read(f"{name}.lua")))
+    return Script(name, SCRIPTS[name], text, name not in PASSING)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 from uuid import uuid4
 
 from ..records import Advance, Cleared, Envelope, Lease, Sent, Stop, Timing
 from ..states import Outcome
 from ..store import Store
-from ..views import RunMeta
 
-__all__ = ["Base", "as_blob", "as_drain", "as_text", "new_nonce"]
+__all__ = ["Base", "as_blob", "as_text", "new_nonce"]
 
 
 def new_nonce() -> str:
@@ -29,11 +27,6 @@ def as_text(value: Any) -> str:
 def as_blob(value: Any) -> bytes:
     """Return a part of a reply that is not to be read here."""
     return value if isinstance(value, bytes) else b""
-
-
-def as_drain(meta: RunMeta) -> bytes:
-    """Return what a session's drain is recorded as."""
-    return json.dumps(asdict(meta)).encode()
 
 
 class Base:

@@ -27,8 +27,8 @@ from ..records import (
 )
 from ..states import Answer, Disposition, Mode, OnRetry, Overflow, Rule, RunState
 from ..store import MOST_AT_ONCE
-from ..views import RunMeta
-from .base import Base, as_blob, as_drain, as_text, new_nonce
+from ..views import RunMeta, pack_drain
+from .base import Base, as_blob, as_text, new_nonce
 
 __all__ = ["Running"]
 
@@ -303,7 +303,7 @@ class Running(Base):
             if ended.rest:
                 asked["cooldown"], asked["rest"] = _ms(ended.cooldown), _ms(ended.rest)
         keys = (*names.record(lease.state), names.held(lease.owner), names.drains, names.history)
-        blob = as_drain(drain) if drain is not None else b""
+        blob = pack_drain(drain) if drain is not None else b""
         reply = self._call("finish", keys, lease.state, asked, blob)
         answer = as_text(reply[0])
         if answer == Answer.FOLLOWERS:

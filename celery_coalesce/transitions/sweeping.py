@@ -6,7 +6,7 @@ import json
 
 from ..records import Lease, LostLease, Overdue, Sent, Woken
 from ..states import Answer
-from ..views import RunMeta
+from ..views import RunMeta, unpack_drain
 from .base import Base, as_blob, as_text
 
 __all__ = ["SLICE", "Sweeping"]
@@ -92,16 +92,14 @@ class Sweeping(Base):
         return self._sent(state, self._call("advance", self.store.names.record(state), state, {})[1])
 
     def take_drain(self, blob: bytes, by: str) -> RunMeta | None:
-        """Take a recorded drain out of the store, to announce it.
+        """Take a recorded drain out of the store, to announce it; ``None`` if another process has.
 
         Args:
             blob: The drain.
-            by: What the caller is known again by, should the answer be lost and it ask again.
-
-        Returns:
-            What to announce; ``None`` if there is nothing, or another process has it.
+            by: The process. Where the answer was lost, it takes the same again.
         """
+        meta = unpack_drain(blob)
         names = self.store.names
-        asked = json.dumps({"nonce": by, "remember": REMEMBER_DRAINS})
+        asked = json.dumps({"nonce": f"{by}/{meta.token}", "remember": REMEMBER_DRAINS})
         reply = self.store.call("drain", (names.drains, names.seen), asked, blob)
-        return RunMeta(**json.loads(blob)) if as_text(reply[0]) == Answer.DRAINED else None
+        return meta if as_text(reply[0]) == Answer.DRAINED else None

@@ -23,7 +23,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
 from .. import signals
-from ..calls import HEADER, decode, encode, follower_of, message_call, moment, without_callbacks
+from ..calls import HEADER, decode, encode, eta_here, follower_of, message_call, moment, without_callbacks
 from ..dispatch import publish_all
 from ..endings import Ending, announce_end, announce_outcome, done_once, end_run, tell_caller
 from ..engine import Engine, engine_of
@@ -67,6 +67,11 @@ class CoalescedRequest(ReportingRequest):
     _decided = False
     #: The prefetch count that was raised while the gate keeps the message back.
     _held_from: Any = None
+    _eta: Any
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self._eta = eta_here(self._eta, self._request_dict.get(HEADER))
 
     # -- the gate ----------------------------------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ class CoalescedRequest(ReportingRequest):
         try:
             yield engine_of(self.app)
         except StoreUnavailable as error:
-            presence_of(self.app).noticed_away()
+            presence_of(self.app).noticed(error)
             logger.warning(
                 "Task %s[%s] waits for the state server: %s",
                 self.name,

@@ -54,10 +54,10 @@ class Site:
             now = client.time()[0] * 1000
             return any(at > now + 45_000 for _, at in client.zrange("{coalesce}:timers", 0, -1, withscores=True))
 
-    def timers_are_over(self) -> None:
-        """Let every timer of the namespace be over."""
+    def timers_are_over(self, but: str = "") -> None:
+        """Let every timer of the namespace be over, but for one run's."""
         with self.state.client() as client:
-            timers: Any = client.zrange("{coalesce}:timers", 0, -1)
+            timers: Any = [run for run in client.zrange("{coalesce}:timers", 0, -1) if run != but]
             if timers:
                 client.zadd("{coalesce}:timers", dict.fromkeys(timers, 1), xx=True)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import redis
+from redis.crc import key_slot
 
 from tests.support.process import HOST, Process, free_port, require, wait_until
 
@@ -196,6 +197,22 @@ class Sentinel:
         self.master.kill()
         self._wait_promoted()
 
+    def revive(self) -> None:
+        """Start the master that was killed, as a replica; the sentinel would do so some 10 s later."""
+        self.replica.start()
+        with self.replica.client() as client:
+            client.replicaof(HOST, str(self.master.port))
+        self._wait_replicating()
+
+    def cut_off_replica(self) -> None:
+        """Let nothing reach the replica any more that the master is told; it stays fit to be promoted."""
+        with self.replica.client() as replica, self.master.client() as master:
+            # A paused one would find everything in its socket when it goes on.
+            replica.config_set("masteruser", "nobody")
+            replica.config_set("masterauth", "wrong")
+            master.client_kill_filter(_type="replica")
+            wait_until(lambda: replica.info("replication")["master_link_status"] == "down")
+
     def close(self) -> None:
         """Kill all three."""
         self._stack.close()
@@ -237,16 +254,27 @@ class Sentinel:
 
 
 class ValkeyCluster:
-    """A Valkey Cluster whose nodes, all masters, share the slots evenly."""
+    """A Valkey Cluster whose nodes, all masters, share the slots evenly.
 
-    def __init__(self, nodes: int = 3) -> None:
+    Attributes:
+        nodes: The masters, and behind them the replicas that were added.
+    """
+
+    def __init__(self, nodes: int = 3, *, aof: bool = False) -> None:
         self.nodes: list[ValkeyServer] = []
-        self._bus_ports = [free_port() for _ in range(nodes)]
-        for bus_port in self._bus_ports:
-            options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
-            options += ["--cluster-port", str(bus_port), "--databases", "1"]
-            self.nodes.append(ValkeyServer(extra=options))
+        self._aof = aof
+        self._bus_ports: list[int] = []
+        for _ in range(nodes):
+            self._new_node()
+        self._masters = nodes
         self._stack = ExitStack()
+
+    def _new_node(self) -> ValkeyServer:
+        self._bus_ports.append(free_port())
+        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]
+        options += ["--cluster-port", str(self._bus_ports[-1]), "--databases", "1"]
+        self.nodes.append(ValkeyServer(aof=self._aof, extra=options))
+        return self.nodes[-1]
 
     def start(self) -> Self:
         """Start the nodes and wait until each sees the whole cluster working."""
@@ -274,6 +302,27 @@ class ValkeyCluster:
     def client(self, **options: Any) -> redis.RedisCluster:
         """Return a client of the whole cluster."""
         return redis.RedisCluster.from_url(self.url(), **({"decode_responses": True} | options))
+
+    def owner(self, key: str) -> ValkeyServer:
+        """Return the master that has a key's slot."""
+        return self.nodes[key_slot(key.encode()) * self._masters // 16384]
+
+    def add_replica(self, master: ValkeyServer) -> ValkeyServer:
+        """Start a replica of a master, and return it once it could take over."""
+        replica = self._new_node()
+        replica.launch()
+        self._stack.callback(replica.close)
+        replica.wait_ready()
+        with replica.client() as client, master.client() as known:
+            client.execute_command("CLUSTER MEET", HOST, self.port, self._bus_ports[0])
+            master_id = known.execute_command("CLUSTER MYID")
+            wait_until(lambda: master_id in str(client.execute_command("CLUSTER NODES")), 15)
+            # Until it knows that one's slots it may refuse.
+            wait_until(lambda: _accepted(client, "CLUSTER REPLICATE", master_id), 15)
+            wait_until(lambda: client.info("replication").get("master_link_status") == "up", 15)
+        for node in self.nodes:
+            wait_until(partial(self._complete, node), 15, "the cluster does not know its replica")
+        return replica
 
     def close(self) -> None:
         """Kill all nodes."""
@@ -305,6 +354,51 @@ class ValkeyCluster:
             info = client.execute_command("CLUSTER INFO")
         known = int(info["cluster_known_nodes"])
         return info["cluster_state"] == "ok" and known == len(self.nodes)
+
+
+class Migration:
+    """A Cluster's slot on its way from one node to another, as `redis-cli --cluster reshard` moves it."""
+
+    def __init__(self, cluster: ValkeyCluster, key: str) -> None:
+        self.slot = key_slot(key.encode())
+        self.source = cluster.owner(key)
+        self.target = next(node for node in cluster.nodes if node is not self.source)
+        self._nodes = cluster.nodes
+        self._set(self.target, "IMPORTING", self._id(self.source))
+        self._set(self.source, "MIGRATING", self._id(self.target))
+
+    def left(self) -> list[str]:
+        """Return what is still to be moved."""
+        with self.source.client() as client:
+            return list(client.execute_command("CLUSTER GETKEYSINSLOT", self.slot, 1000))
+
+    def move(self, *names: str) -> None:
+        """Move some keys."""
+        with self.source.client() as client:
+            client.execute_command("MIGRATE", HOST, self.target.port, "", 0, 5000, "KEYS", *names)
+
+    def finish(self) -> None:
+        """Move what is left, and tell every node."""
+        while names := self.left():
+            self.move(*names)
+        for node in (self.target, self.source, *self._nodes):
+            self._set(node, "NODE", self._id(self.target))
+
+    def _id(self, node: ValkeyServer) -> str:
+        with node.client() as client:
+            return str(client.execute_command("CLUSTER MYID"))
+
+    def _set(self, node: ValkeyServer, *state: str) -> None:
+        with node.client() as client:
+            client.execute_command("CLUSTER SETSLOT", self.slot, *state)
+
+
+def _accepted(client: redis.Redis, *command: str) -> bool:
+    try:
+        client.execute_command(*command)
+    except redis.ResponseError:
+        return False
+    return True
 
 
 def _make_certificate(directory: Path) -> tuple[Path, Path]:

@@ -58,6 +58,7 @@ class TestValues:
         assert settings.namespace == "coalesce"
         assert (settings.lease, settings.redispatch_after) == (30, 60)
         assert settings.on_outage is Outage.RAISE
+        assert settings.wait_replicas == 0
         assert settings.events
 
     def test_every_setting_is_read(self, make_app: MakeApp) -> None:
@@ -69,6 +70,7 @@ class TestValues:
                 coalesce_lease=2.5,
                 coalesce_redispatch_after=7,
                 coalesce_on_outage="publish",
+                coalesce_wait_replicas=2,
                 coalesce_events=False,
             )
         )
@@ -76,6 +78,7 @@ class TestValues:
         assert settings.namespace == "mine"
         assert (settings.lease, settings.redispatch_after) == (2.5, 7)
         assert settings.on_outage is Outage.PUBLISH
+        assert settings.wait_replicas == 2
         assert not settings.events
 
     @pytest.mark.parametrize(
@@ -99,6 +102,11 @@ class TestValues:
             ("coalesce_on_outage", "ignore", "use 'raise' or 'publish'"),
             ("coalesce_on_outage", None, "use 'raise' or 'publish'"),
             ("coalesce_on_outage", ["raise"], "use 'raise' or 'publish'"),
+            ("coalesce_wait_replicas", -1, "give such a number"),
+            ("coalesce_wait_replicas", True, "give such a number"),
+            ("coalesce_wait_replicas", "1", "give such a number"),
+            ("coalesce_wait_replicas", 1.0, "give such a number"),
+            ("coalesce_wait_replicas", None, "give such a number"),
             ("coalesce_events", "yes", "use True or False"),
             ("coalesce_events", 1, "use True or False"),
         ],

@@ -23,6 +23,8 @@ local function finish()
   local head = read_head()
   local run = head and read_run(asked.run)
   if not run then
+    -- Should the record have been lost, nobody else takes the lease out.
+    redis.call('SREM', KEYS[11], asked.state .. '/' .. asked.run)
     local again = sent_by(head, asked.token)
     return again and {'ended', '0', again} or {'lost'}
   end

@@ -4,7 +4,7 @@
 -- ARGV: asked (JSON: state)
 -- Returns: idle; or record, key, JSON of the head and of its runs
 -- Transition: none
--- Order: nothing is written.
+-- Order: nothing is written but the version of a record that is older.
 --# include record
 local head = read_head()
 if not head then return {'idle'} end

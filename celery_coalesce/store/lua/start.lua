@@ -2,8 +2,8 @@
 --
 -- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
 --   held
--- ARGV: asked (JSON: state, nonce, run, task_id, task, attempt, version, claim, owner, late, lease, revoked, redispatch,
---   soon)
+-- ARGV: asked (JSON: state, nonce, run, task_id, task, attempt, version, claim, owner, late, lease, revoked,
+--   redispatch, soon)
 -- Returns: running | expired | revoked | skipped, token, session, index, triggers, store, expiry in ms, key, scope,
 --   mode (skip if its task is ever called so), changed args, labels, task id of the run that was done once, what is to
 --   be sent; early, ms, what is to be sent; pending, what is to be sent; carry, call; stop, process and task id and run

@@ -48,6 +48,8 @@ end
 
 local function new_session()
   redis.call('HSET', rec, 'key', ARGV[2])
+  -- Who waited for a record that was lost without them waits for nothing, and must not keep this one's runs back.
+  redis.call('DEL', wait)
   local session = mint()
   redis.call('ZADD', busy, session, asked.state)
   return {v = VERSION, scope = asked.scope, session = session, index = 0, runs = 0,
@@ -179,6 +181,23 @@ local function merged_due(run)
   return math.min(due_time(), run.due)
 end
 
+-- Should the timers have been lost, or who waits, and the record not: a call that joins a run sees to it that the run,
+-- and those before it, are moved on. Returns the run as it is then.
+local function mend(head, run)
+  for run_id in pairs(head.active) do
+    local other = read_run(run_id)
+    if other and other.state ~= 'running' and not has_timer(other) then set_timer(other, lost_at(other)) end
+  end
+  if run.state ~= 'pending' or has_timer(run) then return run end
+  if run.due > now then
+    set_timer(run, run.due)
+  elseif not next(head.active) then
+    wait_in_turn(run)
+    advance(head)
+  end
+  return read_run(run.id)
+end
+
 -- unstarted -> the same run, covering one more trigger. Changes its arguments and due time alone.
 local function merge(head, run)
   local replaced
@@ -269,7 +288,7 @@ local function cover(head)
   end
   local last = read_run(open[#open])
   if asked.overflow == 'reject' then return reply('rejected', last, -1) end
-  return merge(head, last)
+  return merge(head, mend(head, last))
 end
 
 local function accept()

@@ -39,6 +39,19 @@ local function mint()
   return whole(number)
 end
 
+local function write_head(head)
+  redis.call('HSET', rec, 'head', cmsgpack.pack(head))
+end
+
+-- What version 1 wrote. It had no index of busy keys, and noted otherwise what a call had left to others; what of a run
+-- it did not know has a default wherever it is read. From here on version 1 refuses the record.
+local function converted(head)
+  head.v, head.ended = VERSION, nil
+  redis.call('ZADD', busy, head.session, asked.state)
+  write_head(head)
+  return head
+end
+
 local function read_head()
   local packed = redis.call('HGET', rec, 'head')
   if not packed then return nil end
@@ -46,11 +59,7 @@ local function read_head()
   if head.v > VERSION then
     error({err = 'NEWER this record was written by a newer celery-coalesce (version ' .. head.v .. ')'})
   end
-  return head
-end
-
-local function write_head(head)
-  redis.call('HSET', rec, 'head', cmsgpack.pack(head))
+  return head.v < VERSION and converted(head) or head
 end
 
 local function read_run(run_id)
@@ -68,6 +77,10 @@ end
 
 local function set_timer(run, at)
   redis.call('ZADD', timers, whole(at), ref(run))
+end
+
+local function has_timer(run)
+  return redis.call('ZSCORE', timers, ref(run)) ~= false
 end
 
 local function clear_timer(run)

@@ -1,0 +1,1 @@
+"""Servers, networks, clocks and versions that fail: what is promised of each."""
