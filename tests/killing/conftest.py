@@ -1,0 +1,75 @@
+"""Workers whose kill points have names."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from celery_coalesce import TriggerMeta
+from celery_coalesce.signals import coalesce_trigger
+from tests.killing.stories import CONF, Story
+from tests.support.app import HarnessApp, make_app
+from tests.support.journal import Journal, connect
+from tests.support.points import SITE_VARIABLE
+from tests.support.servers import ValkeyServer
+from tests.support.worker import WorkerProcess
+
+
+@pytest.fixture(scope="module")
+def site(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator[HarnessApp]:
+    """The app of a module's stories: short leases, and a database of its own."""
+    url = state_server.new_db()
+    with make_app(url, url, CONF) as app:
+        yield app
+
+
+@pytest.fixture(scope="module")
+def start_worker(site: HarnessApp) -> Iterator[Callable[..., WorkerProcess]]:
+    """Start a worker with points; its site is its name."""
+    started: list[WorkerProcess] = []
+
+    def start(**options: Any) -> WorkerProcess:
+        worker = WorkerProcess.serving(site, events=False, include=["tests.support.points"], **options)
+        worker.env[SITE_VARIABLE] = worker.hostname
+        started.append(worker)
+        worker.launch()
+        return worker
+
+    yield start
+    for worker in started:
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def triggers() -> Iterator[dict[str, TriggerMeta]]:
+    """What became of every call of this process, by its task id."""
+    triggers: dict[str, TriggerMeta] = {}
+
+    def note(meta: TriggerMeta, **_: Any) -> None:
+        triggers[meta.task_id] = meta
+
+    coalesce_trigger.connect(note)
+    yield triggers
+    coalesce_trigger.disconnect(note)
+
+
+@pytest.fixture(scope="module")
+def make_story(
+    site: HarnessApp, journal_server: ValkeyServer, triggers: dict[str, TriggerMeta]
+) -> Iterator[Callable[..., Story]]:
+    """Make a story of this module's app: `make_story(task, *points)`."""
+    with connect(journal_server.url()) as client:
+        stories: list[Story] = []
+
+        def make(task: str, *kill: str) -> Story:
+            stories.append(Story(site, Journal(client), task, triggers, kill))
+            return stories[-1]
+
+        yield make
+        for story in stories:
+            story.journal.open_all()
+            story.forget()
+        gc.collect()
