@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +23,8 @@ def site(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator[H
     url = state_server.new_db()
     with make_app(url, url, CONF) as app:
         yield app
+        # Results that are collected later must not unsubscribe from a server that is gone.
+        app.backend.result_consumer.subscribed_to.clear()
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +72,3 @@ def make_story(
         yield make
         for story in stories:
             story.journal.open_all()
-            story.forget()
-        gc.collect()

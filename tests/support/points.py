@@ -15,13 +15,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
 from celery import current_app
 from celery.backends.base import Backend
 from celery.backends.redis import RedisBackend
+from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.base import BasePool
 from kombu import Message, Producer
 
@@ -229,6 +230,14 @@ def _apply_async(self: BasePool, target: Any, args: Sequence[Any] = (), *more: A
         return _originals["apply_async"](self, target, args, *more, **options)
 
 
+def _event_process_exit(self: AsynPool, hub: Any, proc: Any) -> None:
+    # The pipe that tells of a child's death is closed before the child can be waited for; where Celery looks too early,
+    # it looks again after five seconds (celery.concurrency.asynpool, 5.5-5.7). The tests have not got as many.
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, proc.pid, os.WEXITED | os.WNOWAIT)
+    _originals["_event_process_exit"](self, hub, proc)
+
+
 _originals: dict[str, Any] = {
     "call": RedisStore.call,
     "_call_at_once": RedisStore._call_at_once,
@@ -242,6 +251,7 @@ _originals: dict[str, Any] = {
     "_attempt": context.InlineRun._attempt,
     "pass_gate": Journal.pass_gate,
     "apply_async": BasePool.apply_async,
+    "_event_process_exit": AsynPool._event_process_exit,
 }
 
 
@@ -259,6 +269,7 @@ def install() -> None:
     context.InlineRun._attempt = _attempt  # type: ignore[method-assign]
     Journal.pass_gate = _pass_gate  # type: ignore[method-assign]
     BasePool.apply_async = _apply_async
+    AsynPool._event_process_exit = _event_process_exit
 
 
 if _site:  # in a worker, which is told through its environment
