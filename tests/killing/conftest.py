@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from celery_coalesce import TriggerMeta
 from celery_coalesce.signals import coalesce_trigger
 from tests.killing.stories import CONF, Story
+from tests.killing.supervising import Site
 from tests.support.app import HarnessApp, make_app
 from tests.support.journal import Journal, connect
 from tests.support.points import SITE_VARIABLE
@@ -29,11 +31,11 @@ def site(state_server: ValkeyServer, journal_server: ValkeyServer) -> Iterator[H
 
 @pytest.fixture(scope="module")
 def start_worker(site: HarnessApp) -> Iterator[Callable[..., WorkerProcess]]:
-    """Start a worker with points; its site is its name."""
+    """Start a worker with points: `start_worker(app=site, **options)`."""
     started: list[WorkerProcess] = []
 
-    def start(**options: Any) -> WorkerProcess:
-        worker = WorkerProcess.serving(site, events=False, include=["tests.support.points"], **options)
+    def start(app: HarnessApp = site, **options: Any) -> WorkerProcess:
+        worker = WorkerProcess.serving(app, events=False, include=["tests.support.points"], **options)
         worker.env[SITE_VARIABLE] = worker.hostname
         started.append(worker)
         worker.launch()
@@ -61,14 +63,30 @@ def triggers() -> Iterator[dict[str, TriggerMeta]]:
 def make_story(
     site: HarnessApp, journal_server: ValkeyServer, triggers: dict[str, TriggerMeta]
 ) -> Iterator[Callable[..., Story]]:
-    """Make a story of this module's app: `make_story(task, *points)`."""
+    """Make a story: `make_story(task, *points, app=site, kind=Story)`."""
     with connect(journal_server.url()) as client:
         stories: list[Story] = []
 
-        def make(task: str, *kill: str) -> Story:
-            stories.append(Story(site, Journal(client), task, triggers, kill))
+        def make(task: str, *kill: str, app: HarnessApp = site, kind: type[Story] = Story) -> Story:
+            stories.append(kind(app, Journal(client), task, triggers, kill))
             return stories[-1]
 
         yield make
         for story in stories:
             story.journal.open_all()
+
+
+@pytest.fixture(scope="module")
+def make_site(
+    state_server: ValkeyServer, journal_server: ValkeyServer, start_worker: Callable[..., WorkerProcess]
+) -> Iterator[Callable[[int], Site]]:
+    """Make a site with so many workers, which need not be ready yet."""
+    with ExitStack() as stack:
+
+        def make(workers: int) -> Site:
+            url = state_server.new_db()
+            app = stack.enter_context(make_app(url, url, CONF))
+            stack.callback(lambda: app.backend.result_consumer.subscribed_to.clear())
+            return Site(app, [start_worker(app, concurrency=1) for _ in range(workers)])
+
+        yield make

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil  # type: ignore[import-untyped,unused-ignore]
 from celery import chord
 from celery.exceptions import WorkerLostError
 from celery.result import AsyncResult
@@ -21,6 +22,7 @@ from tests.support.journal import Event, Journal, assert_no_overlap
 from tests.support.points import Points
 from tests.support.process import wait_until
 from tests.support.traces import traces
+from tests.support.worker import WorkerProcess
 
 #: Seconds. A worker beats three times in a lease.
 LEASE = 2
@@ -52,6 +54,7 @@ class Story:
         task: The name of its task.
         triggers: What became of every call, by its task id.
         kill: The points at which a process is killed, in the order in which they are reached.
+        worker_of: The workers, by their names.
     """
 
     app: HarnessApp
@@ -59,8 +62,10 @@ class Story:
     task: str
     triggers: dict[str, TriggerMeta]
     kill: tuple[str, ...] = ()
+    worker_of: dict[str, WorkerProcess] = field(default_factory=dict)
     calls: list[Called] = field(default_factory=list)
     body: AsyncResult | None = None
+    _went_on: bool = False
 
     def __post_init__(self) -> None:
         self.points = Points(self.journal)
@@ -85,7 +90,27 @@ class Story:
         if self.task in ("queue", "queue_rerun"):
             self._call(3, linked=True)
             self._call_in_chord(4)
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.journal.open("a", 12)
+
+    def is_told(self) -> bool:
+        """Do what comes next, if it is time; return whether that was all."""
+        if not self._went_on and self.has_begun():
+            self.go_on()
+            self._went_on = True
+        return self._went_on
+
+    def is_gone(self, hostname: str) -> None:
+        """Note that a worker is dead, once its children are."""
+        pids = {each["pid"] for each in self.journal.events("start", hostname=hostname)}
+        wait_until(lambda: not any(map(psutil.pid_exists, pids)), 5, f"children of {hostname} have outlived it")
+        self.journal.record("gone", hostname=hostname)
+
+    def is_over(self) -> bool:
+        """Return whether everything has happened."""
+        return self._went_on and not self.points.missed() and self._is_idle()
 
     def _options(self, value: int) -> dict[str, Any]:
         options: dict[str, Any] = {"gate": "a"}
@@ -162,7 +187,7 @@ class Story:
                 assert isinstance(outcome, WorkerLostError), outcome
                 assert self.may_lose, f"call {called.value} is lost"
                 lost.add(called.run)
-        assert len(lost) <= len(self.kill), f"{len(lost)} runs were lost by {self.kill}"
+        assert len(lost) <= self._kills(events), f"{len(lost)} runs were lost by {self.kill}"
 
     def _is_stopped(self, called: Called, outcome: object) -> None:
         if called.value == 1:
@@ -170,10 +195,14 @@ class Story:
         else:
             assert isinstance(outcome, PredecessorFailed | WorkerLostError), outcome
 
+    @staticmethod
+    def _kills(events: list[Event]) -> int:
+        return sum(each["event"] == "killed" for each in events)
+
     @property
     def may_lose(self) -> bool:
         """Whether Celery does not run again what is killed."""
-        return bool(self.kill) and not self.runs_again
+        return not self.runs_again
 
     @property
     def runs_again(self) -> bool:
@@ -187,13 +216,14 @@ class Story:
         runs = {each["coalesce_run_id"] for each in starts}
         queued = sum(called.disposition == "queued" for called in self.calls)
         dispatched = sum(called.disposition == "dispatched" for called in self.calls)
-        assert len(runs) <= queued + dispatched <= 2 + len(self.kill)
+        kills = self._kills(events)
+        assert len(runs) <= queued + dispatched <= 2 + kills
         attempts = 2 if "retry" in self.task else 1
-        again = len(self.kill) if self.runs_again else 0
+        again = kills if self.runs_again else 0
         # The pool itself hands a job whose child died to another, if it has not heard yet that it was accepted.
         tokens = {each["coalesce_token"] for each in starts}
         assert len(tokens) <= attempts * len(runs) + again, starts
-        assert len(starts) <= len(tokens) + len(self.kill), starts
+        assert len(starts) <= len(tokens) + kills, starts
 
     def _drained_once(self, events: list[Event]) -> None:
         """Every session ends with one drain, the last of all (G4)."""
@@ -226,6 +256,30 @@ class Story:
             assert max(drained) - max(killed) < BOUND
 
 
+@dataclass
+class Abandoned(Story):
+    """A story whose worker is killed in the body of its follow-up, before any other point counts."""
+
+    _abandoned: bool = False
+
+    def _let_go(self) -> None:
+        self.journal.open("a")
+
+    def is_told(self) -> bool:
+        if super().is_told() and not self._abandoned:
+            starts = [each for each in self.journal.events("start", key="key") if each["coalesce_run_index"] == 1]
+            if starts:
+                self.worker_of[starts[0]["hostname"]].kill()
+                self.journal.record("killed", point="worker")
+                self.is_gone(starts[0]["hostname"])
+                self.journal.open("a", 12)
+                self._abandoned = True
+        return self._abandoned
+
+    def is_over(self) -> bool:
+        return self._abandoned and super().is_over()
+
+
 def _value(start: Event) -> Any:
     return start["kwargs"].get("value", start["args"][1] if len(start["args"]) > 1 else None)
 
@@ -243,13 +297,11 @@ def tell(stories: Iterable[Story]) -> None:
     for story in left:
         story.begin()
 
-    def all_went_on() -> bool:
-        for story in [each for each in left if each.has_begun()]:
-            story.go_on()
-            left.remove(story)
+    def all_told() -> bool:
+        left[:] = [each for each in left if not each.is_told()]
         return not left
 
-    wait_until(all_went_on, BOUND + len(left), lambda: f"never begun: {[each.kill for each in left]}")
+    wait_until(all_told, BOUND + len(left), lambda: f"never begun: {[each.kill for each in left]}")
 
 
 def pinned(role: str, points: str) -> Callable[[str], list[str]]:

@@ -36,6 +36,9 @@ SITE_VARIABLE = "TEST_POINTS_SITE"
 #: Calls of the store that change nothing, or only say that a process is there.
 IDLE = frozenset({"heartbeat", "overdue", "show", "keys", "constraints", "history"})
 
+#: After these a process waits for another.
+HANDED_ON = (["parent", "pool"], ["parent", "ack"], ["parent", "reject"])
+
 _REACH = """
 local story = ARGV[1]
 if story == '' then story = redis.call('GET', 'points:site:' .. ARGV[2]) end
@@ -74,7 +77,7 @@ class Points:
         """Return the points that one kind of process has reached, in their order.
 
         A point before an effect is left out where the same process came to it straight from the one after another: it
-        is the same. What a parent does is begun by others, so that there it is not.
+        is the same. After what a parent has handed on, it waits for others: there it is not.
         """
         entries: Any = self._client.lrange(f"points:trace:{self._story}", 0, -1)
         names: list[str] = []
@@ -84,7 +87,9 @@ class Points:
             if not name.startswith(f"{role}:"):
                 continue
             follows = last is not None and last[0] == stretch and ":after:" in last[1]
-            if not (":before:" in name and follows and (role != "parent" or ":pool" in name)):
+            if last is not None and last[1].split(":")[0:3:2] in HANDED_ON:
+                follows = False
+            if not (":before:" in name and follows):
                 names.append(name)
             last = (stretch, name)
         return names
@@ -141,7 +146,8 @@ def _reach(when: str, effect: str, number: int) -> int:
         journal = Journal(_server(), name)
         who = {"hostname": _site} if role in ("parent", "sweep") else {"pid": os.getpid()}
         journal.record("killed", point=point, **who)
-        journal.record("gone", **who)
+        if role == "child":
+            journal.record("gone", **who)  # of others whoever sees that their children are dead says so
         os.kill(os.getpid(), signal.SIGKILL)
     return int(number)
 
