@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -80,12 +81,22 @@ def make_story(
 def make_site(
     state_server: ValkeyServer, journal_server: ValkeyServer, start_worker: Callable[..., WorkerProcess]
 ) -> Iterator[Callable[[int], Site]]:
-    """Make a site with so many workers, which need not be ready yet."""
+    """Make a site with so many workers, which need not be ready yet.
+
+    Plain tasks are for a worker of their own, which nobody kills: what becomes of them is Celery's.
+    """
+    url = state_server.new_db()
     with ExitStack() as stack:
 
+        def site_app(queue: str) -> HarnessApp:
+            routes = {name: {"queue": "plain"} for name in ("collect", "on_error", "work")}
+            own = {"coalesce_redis_url": state_server.new_db(), "task_default_queue": queue, "task_routes": routes}
+            return stack.enter_context(make_app(url, url, {**CONF, **own}))
+
+        start_worker(site_app("plain"), concurrency=2)
+
         def make(workers: int) -> Site:
-            url = state_server.new_db()
-            app = stack.enter_context(make_app(url, url, CONF))
+            app = site_app(f"site-{uuid.uuid4().hex[:8]}")
             stack.callback(lambda: app.backend.result_consumer.subscribed_to.clear())
             return Site(app, [start_worker(app, concurrency=1) for _ in range(workers)])
 
