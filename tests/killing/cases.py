@@ -67,6 +67,8 @@ def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int) -> tuple[An
     @pytest.fixture(scope="module")
     def traced(make_site: Callable[[int], Site], make_story: MakeStory) -> Callable[[str], list[str]]:
         place = make_site(workers)
+        for worker in place.workers:
+            worker.wait_ready()
 
         def trace(name: str) -> list[str]:
             told: dict[str, Story] = {}

@@ -117,6 +117,11 @@ def produce(journal: Journal) -> None:
     _own = journal
 
 
+def publish_with(publish: Any) -> None:
+    """Have messages published in another way."""
+    _originals["publish"] = publish
+
+
 def _where() -> tuple[str, str, str] | None:
     """Return the kind of this process, the story if it knows it, and what its effects follow one another in."""
     thread = threading.current_thread().name
