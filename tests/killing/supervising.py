@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from tests.support.process import wait_until
 from tests.support.worker import WorkerProcess
 
 TIMERS = "{coalesce}:timers"
+#: Seconds for one story: two deaths one after the other, next to others that start and die.
+LONGEST = 3 * BOUND
 
 
 @dataclass
@@ -75,12 +78,11 @@ def tell_at(sites: Iterable[Site], stories: Iterable[Callable[[HarnessApp], Stor
     left: Iterator[Callable[[HarnessApp], Story]] = iter(stories)
     busy: dict[int, Site] = {}
     free = list(sites)
-    since: dict[int, int] = {}
+    since: dict[int, float] = {}
 
     def step() -> bool:
         for number, site in list(busy.items()):
-            since[number] += 1
-            if site.look() or since[number] > LOOKS:
+            if site.look() or time.monotonic() - since[number] > LONGEST:
                 site.story = None
                 del busy[number]
                 free.append(site)
@@ -89,12 +91,8 @@ def tell_at(sites: Iterable[Site], stories: Iterable[Callable[[HarnessApp], Stor
             if make is None:
                 break
             site = free.pop(0)
-            busy[id(site)], since[id(site)] = site, 0
+            busy[id(site)], since[id(site)] = site, time.monotonic()
             site.begin(make(site.app))
         return not busy
 
     wait_until(step, 600, "the stories were not told")
-
-
-#: Looks at one story, each of 10 ms and more.
-LOOKS = 100 * BOUND

@@ -6,10 +6,12 @@ The points are pinned: a new effect makes a test red until it has a name here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from tests.killing.stories import Story, pinned, tell, tell_alone
+from tests.killing.stories import BOUND, Story, pinned, tell, tell_alone
+from tests.support.process import wait_until
 from tests.support.worker import WorkerProcess
 
 #: Between Celery's claim to call a chord's body and the call of it: Celery (5.7) lets nobody else call it within
@@ -76,6 +78,10 @@ def test_every_boundary_in_a_child_has_a_name(
     assert sorted(set(story.points.trace("child")) - {CHORD}) == sorted(POINTS[task])
 
 
+#: So many stories are told together: the later they come the longer they wait for each other.
+WAVE = 6
+
+
 @pytest.fixture(scope="module")
 def told(worker: WorkerProcess, make_story: Callable[..., Story]) -> Callable[[str, str], Story]:
     """Tell the stories of all points of a task together, and return that of one."""
@@ -85,12 +91,18 @@ def told(worker: WorkerProcess, make_story: Callable[..., Story]) -> Callable[[s
         if (task, point) not in told:
             stories = {(task, each): make_story(task, each) for each in POINTS[task]}
             told.update(stories)
-            tell(stories.values())
+            left = list(stories.values())
+            while left:
+                wave, left = left[:WAVE], left[WAVE:]
+                tell(wave)
+                with suppress(AssertionError):  # its own test says more
+                    wait_until(lambda wave=wave: all(each.is_over() for each in wave), 2 * BOUND)
         return told[task, point]
 
     return story_of
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(("task", "point"), [(task, point) for task in POINTS for point in POINTS[task]])
 def test_key_goes_on_when_a_child_is_killed(task: str, point: str, told: Callable[[str, str], Story]) -> None:
     """Nothing overlaps, is lost, is stuck, or is left."""

@@ -1,4 +1,4 @@
-"""A producer, or plain code that holds a key, is killed at each of its points: what was accepted runs, nothing is stuck."""
+"""A producer, or who holds a key, is killed at each of its points: what was accepted runs, nothing is stuck."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ points are traced, and a process that reaches an armed one records "killed" and 
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -98,23 +99,19 @@ class Points:
 # -- in the process ------------------------------------------------------------------------------------------------
 
 _loaded_by = os.getpid()
-_client: redis.Redis | None = None
 #: A process that is no worker names its story itself.
-_own: Journal | None = None
+_own: list[Journal] = []
 _site = os.environ.get(SITE_VARIABLE, "")
 
 
+@functools.cache
 def _server() -> redis.Redis:
-    global _client
-    if _client is None:
-        _client = connect(os.environ[URL_VARIABLE])  # fork-safe: its pool compares process ids
-    return _client
+    return connect(os.environ[URL_VARIABLE])  # fork-safe: its pool compares process ids
 
 
 def produce(journal: Journal) -> None:
     """Make this process a producer of a story."""
-    global _own
-    _own = journal
+    _own[:] = [journal]
 
 
 def publish_with(publish: Any) -> None:
@@ -125,8 +122,8 @@ def publish_with(publish: Any) -> None:
 def _where() -> tuple[str, str, str] | None:
     """Return the kind of this process, the story if it knows it, and what its effects follow one another in."""
     thread = threading.current_thread().name
-    if _own is not None:
-        return None if thread.startswith("celery-coalesce-") else ("producer", _own.name, str(os.getpid()))
+    if _own:
+        return None if thread.startswith("celery-coalesce-") else ("producer", _own[0].name, str(os.getpid()))
     if not _site or thread == "celery-coalesce-heartbeat":
         return None
     if thread == "celery-coalesce-sweep":
