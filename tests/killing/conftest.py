@@ -97,7 +97,7 @@ def make_site(
 
         def make(workers: int) -> Site:
             app = site_app(f"site-{uuid.uuid4().hex[:8]}")
-            stack.callback(lambda: app.backend.result_consumer.subscribed_to.clear())
+            stack.callback(app.backend.result_consumer.subscribed_to.clear)
             return Site(app, [start_worker(app, concurrency=1) for _ in range(workers)])
 
         yield make

@@ -6,12 +6,10 @@ The points are pinned: a new effect makes a test red until it has a name here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 
-from tests.killing.stories import BOUND, Story, pinned, tell, tell_alone
-from tests.support.process import wait_until
+from tests.killing.stories import Story, pinned, tell, tell_alone
 from tests.support.worker import WorkerProcess
 
 #: Between Celery's claim to call a chord's body and the call of it: Celery (5.7) lets nobody else call it within
@@ -78,10 +76,6 @@ def test_every_boundary_in_a_child_has_a_name(
     assert sorted(set(story.points.trace("child")) - {CHORD}) == sorted(POINTS[task])
 
 
-#: So many stories are told together: the later they come the longer they wait for each other.
-WAVE = 6
-
-
 @pytest.fixture(scope="module")
 def told(worker: WorkerProcess, make_story: Callable[..., Story]) -> Callable[[str, str], Story]:
     """Tell the stories of all points of a task together, and return that of one."""
@@ -91,12 +85,7 @@ def told(worker: WorkerProcess, make_story: Callable[..., Story]) -> Callable[[s
         if (task, point) not in told:
             stories = {(task, each): make_story(task, each) for each in POINTS[task]}
             told.update(stories)
-            left = list(stories.values())
-            while left:
-                wave, left = left[:WAVE], left[WAVE:]
-                tell(wave)
-                with suppress(AssertionError):  # its own test says more
-                    wait_until(lambda wave=wave: all(each.is_over() for each in wave), 2 * BOUND)
+            tell(stories.values())
         return told[task, point]
 
     return story_of

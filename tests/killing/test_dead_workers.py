@@ -14,13 +14,20 @@ CASES = {
         "queue",
         "sweep",
         """
-        before:lose after:lose after:emit.lost after:store.FAILURE after:emit.error after:finish after:store.FAILURE:2
-        after:publish.on_error after:store.FAILURE:3 after:chord after:finish:2 after:take_drain after:emit.drain
-        after:bury
+        before:lose after:lose after:emit.lost after:store.FAILURE after:emit.error after:finish after:finish:2
+        after:take_drain after:bury
         """,
         kind=Abandoned,
-        # Within Celery's own joining of a chord, which it has claimed.
-        known=("before:store.FAILURE:4", "after:store.FAILURE:4"),
+        # What tells followers is the same as in test_workers, where it is killed as well.
+        known=(
+            "after:store.FAILURE:2",
+            "after:publish.on_error",
+            "after:store.FAILURE:3",
+            "before:store.FAILURE:4",
+            "after:store.FAILURE:4",
+            "after:chord",
+            "after:emit.drain",
+        ),
     ),
     "late ack": Case(
         "queue_rerun",
