@@ -34,7 +34,7 @@ CONF = {"coalesce_lease": LEASE, "coalesce_redispatch_after": REDISPATCH}
 BOUND = 4 * (LEASE + REDISPATCH)
 
 #: Whoever is killed between taking a drain out of the store and telling of it takes the news along: never twice.
-DRAIN_TAKEN = ("after:take_drain", "before:emit.drain", "after:take_drain:2", "before:emit.drain:2")
+DRAIN_TAKEN = ("after:drain", "before:emit.drain", "after:drain:2", "before:emit.drain:2")
 
 
 @dataclass

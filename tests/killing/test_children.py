@@ -23,7 +23,7 @@ FOLLOW_UP = pinned(
     after:store.SUCCESS after:emit.success after:finish after:publish.{task}
     before:emit.start:2 after:emit.start:2 before:gate:2 after:gate:2 after:body:2 after:store.SUCCESS:2
     after:emit.success:2 after:finish:2 after:publish.collect:2 after:store.SUCCESS:3 after:store.SUCCESS:4
-    after:publish.collect:3 after:chord after:finish:3 after:take_drain after:emit.drain
+    after:publish.collect:3 after:chord after:finish:3 after:drain after:emit.drain
     """,
 )
 #: Of a run with a link and of its follow-up, each of which retries once.
@@ -35,7 +35,7 @@ RETRY = pinned(
     after:publish.collect after:store.SUCCESS after:emit.success after:finish after:publish.{task}:2
     before:emit.start:3 after:emit.start:3 before:gate:3 after:gate:3 after:store.RETRY:2 after:retry:2
     after:publish.{task}:3 before:emit.start:4 after:emit.start:4 before:gate:4 after:gate:4 after:body:4
-    after:store.SUCCESS:2 after:emit.success:2 after:finish:2 after:take_drain after:emit.drain
+    after:store.SUCCESS:2 after:emit.success:2 after:finish:2 after:drain after:emit.drain
     """,
 )
 #: Of a run that fails, with a link, and stops what waits behind it.
@@ -44,7 +44,7 @@ STOP = pinned(
     """
     before:emit.start after:emit.start before:gate after:gate after:check after:clear after:store.FAILURE
     after:publish.on_error after:emit.error after:finish after:emit.skip after:store.FAILURE:2 after:publish.on_error:2
-    after:finish:2 after:take_drain after:emit.drain
+    after:finish:2 after:drain after:emit.drain
     """,
 )
 POINTS = {

@@ -15,7 +15,7 @@ CASES = {
         "sweep",
         """
         before:lose after:lose after:emit.lost after:store.FAILURE after:emit.error after:finish after:finish:2
-        after:take_drain after:bury
+        after:drain after:bury
         """,
         kind=Abandoned,
         # What tells followers is the same as in test_workers, where it is killed as well.

@@ -32,7 +32,7 @@ POINTS = {
     "delayed": ("before:trigger", "after:trigger after:publish.queue after:emit.trigger"),
     "hold": (
         """
-        before:trigger after:trigger after:start after:start:2 after:gate after:finish after:take_drain after:emit.drain
+        before:trigger after:trigger after:start after:start:2 after:gate after:finish after:drain after:emit.drain
         """,
         "",
     ),

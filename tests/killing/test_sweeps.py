@@ -18,13 +18,13 @@ CASES = {
         "serialize_stop",
         "sweep",
         """
-        before:wake after:wake after:emit.skip after:store.FAILURE after:publish.on_error after:finish after:take_drain
+        before:wake after:wake after:emit.skip after:store.FAILURE after:publish.on_error after:finish after:drain
         after:emit.drain
         """,
         killed=("child:after:finish",),
     ),
     "a drain that nobody announced": Case(
-        "queue", "sweep", "before:take_drain after:take_drain after:emit.drain", killed=("child:after:finish:3",)
+        "queue", "sweep", "before:drain after:drain after:emit.drain", killed=("child:after:finish:3",)
     ),
 }
 traced, told = fixtures(CASES, sites=5, workers=1)

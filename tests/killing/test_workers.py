@@ -26,7 +26,7 @@ CASES = {
         "parent",
         """
         before:store.FAILURE after:store.FAILURE after:check after:emit.error after:finish after:store.FAILURE:2
-        after:publish.on_error after:store.FAILURE:3 after:chord after:finish:2 after:take_drain after:emit.drain
+        after:publish.on_error after:store.FAILURE:3 after:chord after:finish:2 after:drain after:emit.drain
         """,
         killed=(IN_THE_BODY,),
         # Within Celery's own joining of a chord, which it has claimed.
