@@ -18,11 +18,11 @@ from . import signals
 from .calls import CALLBACKS, HEADER, captured, encode, eta_header, follower_of, is_rpc, moment
 from .context import ATTRIBUTE, Run
 from .dispatch import publish_all, run_header
-from .endings import done_once, tell_caller
+from .endings import done_once, take_back, tell_caller
 from .engine import engine_of
 from .errors import CoalesceError, QueueFull, StoreUnavailable
 from .keys import state_id
-from .records import Accepted, RolledBack, Trigger
+from .records import Accepted, Trigger
 from .states import Disposition, Outage, RunState
 from .ticks import tick_of
 from .triggering import Asking, accept_all, report
@@ -338,40 +338,14 @@ class Call:
         Raises:
             CoalesceError: The state server can not be reached, or refused.
         """
-        accepted = self._answer
         joined = [call for call in covered if call._answer.disposition is Disposition.COALESCED]
-        undone = self._engine.transitions.rollback(
-            self._state,
-            accepted.run,
-            accepted.task_id,
-            triggers=1 + len(joined),
-            followers=sum(call._follows for call in joined),
+        run = RunMeta.unstarted(
+            self._policy, self._key, self._answer, triggers=1 + len(joined), labels=self.asking.trigger.labels
         )
-        if undone.undone:
+        followers = sum(call._follows for call in joined)
+        if take_back(self._engine, run, self._engine.producer_bus, followers=followers):
             for call in covered:
                 call._undone = True
-        publish_all(self._engine, undone.sent)
-        if undone.drained is not None:
-            bus = self._engine.producer_bus
-            signals.emit(signals.coalesce_drain, self._task, bus, self._drained(accepted, undone, undone.drained))
-
-    def _drained(self, accepted: Accepted, undone: RolledBack, session: int) -> RunMeta:
-        """Return what announces the drain of a session whose last run was taken back."""
-        return RunMeta(
-            key=self._key,
-            scope=self._policy.scope,
-            type="task" if self._policy.whole_task else "key",
-            name=self._policy.task,
-            task_id=accepted.task_id,
-            state_id=self._state,
-            session_id=session,
-            run_id=int(accepted.run),
-            run_index=undone.last_index,
-            attempt=0,
-            token=0,
-            triggers=1,
-            labels=self.asking.trigger.labels,
-        )
 
     def conclude(self) -> None:
         """Do what others have to do about the trigger, report it, and tell a caller whose call needs no run."""

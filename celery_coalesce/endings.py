@@ -44,6 +44,7 @@ __all__ = [
     "policy_of",
     "stop_waiting",
     "stored_ending",
+    "take_back",
     "tell_caller",
     "tell_cleared",
     "tell_follower",
@@ -113,9 +114,7 @@ def end_run(
         stopped = stop_waiting(engine, lease, ending)
     ended = _ended(engine, lease, ending)
     watched = signals.is_watched(signals.coalesce_drain, bus)
-    # A producer that clears a key knows nothing of who listens elsewhere: a worker announces that drain.
-    elsewhere = bus.hostname is None and (lease.task not in PLAIN or engine.has_task(lease.scope))
-    drain = RunMeta.of(lease) if watched or elsewhere else None
+    drain = RunMeta.of(lease) if watched or _is_watched_elsewhere(engine, lease.task, lease.scope, bus) else None
     while True:
         reply = engine.transitions.finish(lease, told=told, ended=ended, drain=drain, announced=watched)
         if reply is None:
@@ -136,6 +135,35 @@ def end_run(
             else:
                 tell_follower(bus, blob, ending)
             told += 1
+
+
+def take_back(engine: Engine, run: RunMeta, bus: EventBus, *, followers: int = 0) -> bool:
+    """Take back a run that has not begun, unless others have joined it; announce the drain, should the session end so.
+
+    Args:
+        engine: The app's engine.
+        run: The run, as far as whoever made it knows; with as many triggers as are the caller's own.
+        bus: Where its events go.
+        followers: How many of its followers are the caller's own.
+
+    Returns:
+        Whether it was taken back.
+
+    Raises:
+        CoalesceError: The state server can not be reached, or refused.
+    """
+    watched = signals.is_watched(signals.coalesce_drain, bus)
+    drain = watched or _is_watched_elsewhere(engine, run.name, run.scope, bus)
+    undone = engine.transitions.rollback(run, followers=followers, drain=drain, announced=watched)
+    publish_all(engine, undone.sent)
+    if undone.drain and watched:
+        announce_drain(engine, undone.drain, bus, by=_this_process())
+    return undone.undone
+
+
+def _is_watched_elsewhere(engine: Engine, task: str, scope: str, bus: EventBus) -> bool:
+    """Return whether a worker has to announce a drain: a producer knows nothing of who listens there."""
+    return bus.hostname is None and (task not in PLAIN or engine.has_task(scope))
 
 
 def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:

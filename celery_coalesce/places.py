@@ -11,14 +11,13 @@ from uuid import uuid4
 
 from celery.utils import uuid
 
-from . import signals
 from .dispatch import publish_all
-from .endings import Ending, end_run, tell_cleared
+from .endings import Ending, end_run, take_back, tell_cleared
 from .errors import CoalesceError, HoldTimeout, StoreUnavailable
 from .keys import Parameters, state_id
 from .plain import PATIENCE
 from .policy import Policy
-from .records import Accepted, Envelope, Lease, RolledBack, Trigger
+from .records import Accepted, Envelope, Lease, Trigger
 from .states import Answer, Disposition, Mode, Outcome, Overflow, Rule
 from .views import RunMeta
 
@@ -176,9 +175,8 @@ class Place:
         if self._envelope is None:
             return
         transitions = self._engine.transitions
-        undone = transitions.rollback(self.state, self._envelope.run, self._envelope.task_id)
-        publish_all(self._engine, undone.sent)
-        self._announce(undone)
+        run = RunMeta.unstarted(self._policy, self.key, self._envelope)
+        take_back(self._engine, run, self._presence.bus())
         # The answer to the last question may have been lost, and a run that others have joined is not taken back.
         started = transitions.start(
             self._envelope, owner=self._presence.owner, claim=self._claim, late=False, revoked=False
@@ -194,26 +192,6 @@ class Place:
             publish_all(self._engine, woken.sent)
             if woken.cleared is not None:
                 tell_cleared(self._engine, woken.cleared, self._presence.bus())
-
-    def _announce(self, undone: RolledBack) -> None:
-        """Announce the drain of a session whose last run was taken back."""
-        if undone.drained is None or self._envelope is None:
-            return
-        meta = RunMeta(
-            key=self.key,
-            scope=self._policy.scope,
-            type="key",
-            name=self._policy.task,
-            task_id=self._envelope.task_id,
-            state_id=self.state,
-            session_id=undone.drained,
-            run_id=int(self._envelope.run),
-            run_index=undone.last_index,
-            attempt=0,
-            token=0,
-            triggers=1,
-        )
-        signals.emit(signals.coalesce_drain, None, self._presence.bus(), meta)
 
 
 def release(engine: Engine, presence: ProcessPresence, lease: Lease, ending: Ending) -> None:

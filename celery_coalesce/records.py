@@ -314,9 +314,8 @@ class RolledBack:
 
     #: What may go in its place.
     sent: tuple[Sent, ...] = ()
-    #: The session that drained with it, if it had had other runs.
-    drained: int | None = None
-    last_index: int = 0
+    #: What announces that its session has ended with it, if that had had other runs and somebody may listen.
+    drain: bytes = b""
     #: Whether it was.
     undone: bool = False
 

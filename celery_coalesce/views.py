@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from .records import Lease
+from .keys import state_id
+from .policy import Policy
+from .records import Accepted, Envelope, Lease
 from .states import Disposition, Outcome, RunState
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "RunView",
     "TaskHistory",
     "TriggerMeta",
+    "begin_drain",
     "pack_drain",
     "unpack_drain",
 ]
@@ -70,6 +73,41 @@ class RunMeta:
         return {**asdict(self), "is_rerun": self.is_rerun}
 
     @classmethod
+    def unstarted(
+        cls,
+        policy: Policy,
+        key: str,
+        accepted: Accepted | Envelope,
+        *,
+        triggers: int = 1,
+        labels: Mapping[str, str] | None = None,
+    ) -> RunMeta:
+        """Return what whoever made a run knows of it, before it has begun.
+
+        Args:
+            policy: The task's options.
+            key: The key.
+            accepted: What the record said of the run.
+            triggers: How many calls it covers, as far as is known.
+            labels: The labels of the call that made it.
+        """
+        return cls(
+            key=key,
+            scope=policy.scope,
+            type="task" if policy.whole_task else "key",
+            name=policy.task,
+            task_id=accepted.task_id,
+            state_id=state_id(policy.scope, key),
+            session_id=0,
+            run_id=int(accepted.run),
+            run_index=0,
+            attempt=0,
+            token=0,
+            triggers=triggers,
+            labels=labels or {},
+        )
+
+    @classmethod
     def of(cls, lease: Lease) -> RunMeta:
         """Return what a lease says of its run."""
         return cls(
@@ -92,6 +130,12 @@ class RunMeta:
 def pack_drain(meta: RunMeta) -> bytes:
     """Return what a drain is announced with, as it is put aside in the store."""
     return json.dumps(asdict(meta)).encode()
+
+
+def begin_drain(meta: RunMeta) -> bytes:
+    """Return the beginning of what a drain is announced with, where only the record knows session and run index."""
+    known = {name: value for name, value in asdict(meta).items() if name not in ("session_id", "run_index")}
+    return json.dumps(known).encode().removesuffix(b"}")
 
 
 def unpack_drain(blob: bytes) -> RunMeta:

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from benchmarks.storm.log import Log
+from benchmarks.storm.tasks import RUNS
 from benchmarks.storm.world import World
 
 __all__ = ["Weather"]
@@ -159,7 +160,7 @@ class Weather:
         and whoever loses a second one waits for an hour, as it should.
         """
         deadline = time.monotonic() + SHORT_WITHIN
-        while self.world.messages() > SHORT:
+        while self.world.messages(RUNS) > SHORT:
             if time.monotonic() > deadline:
                 return
             self._pause(0.2, 0.2)

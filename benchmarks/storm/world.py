@@ -128,10 +128,14 @@ class World:
         producer.generation += 1
         producer.start()
 
-    def messages(self, queue: str = RUNS) -> int:
-        """Return how many messages of a queue wait for a worker."""
+    def messages(self, *queues: str) -> int:
+        """Return how many messages of some queues wait for a worker."""
+        if self.broker is self.store:
+            with self.store.client(db=1) as client:
+                return sum(int(client.llen(queue)) for queue in queues)  # type: ignore[arg-type]
         with app.connection_for_write() as connection:
-            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+            channel = connection.default_channel
+            return sum(int(channel.queue_declare(queue, passive=True).message_count) for queue in queues)
 
     def purge(self) -> None:
         """Lose every message of a run that waits for a worker."""
@@ -139,11 +143,13 @@ class World:
             connection.default_channel.queue_purge(RUNS)
 
     def is_told(self) -> bool:
-        """Return whether no callback waits in the broker."""
+        """Return whether no callback waits in the broker, nor is with a worker that may have been killed."""
+        if self.messages(CALLBACKS):
+            return False
         if self.broker is self.store:
             with self.store.client(db=1) as client:
-                return not client.exists(CALLBACKS, "unacked")
-        return not self.messages(CALLBACKS)
+                return not client.exists("unacked")
+        return True
 
     def be_quiet(self) -> None:
         """Have the producers finish, and nothing broken any more."""

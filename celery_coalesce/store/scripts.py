@@ -30,7 +30,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "retry": (*RECORD, "held"),
     "requeue": (*RECORD, "held"),
     "carry": RECORD,
-    "rollback": RECORD,
+    "rollback": (*RECORD, "drains"),
     "unpublished": RECORD,
     "withdraw": RECORD,
     "advance": RECORD,

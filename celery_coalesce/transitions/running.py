@@ -27,7 +27,7 @@ from ..records import (
 )
 from ..states import Answer, Disposition, Mode, OnRetry, Overflow, Rule, RunState
 from ..store import MOST_AT_ONCE
-from ..views import RunMeta, pack_drain
+from ..views import RunMeta, begin_drain, pack_drain
 from .base import Base, as_blob, as_text, new_nonce
 
 __all__ = ["Running"]
@@ -151,22 +151,33 @@ class Running(Base):
             sent=self._sent(state_id(policy.scope, trigger.key), reply[6]),
         )
 
-    def rollback(self, state: str, run: str, task_id: str, *, triggers: int = 1, followers: int = 0) -> RolledBack:
+    def rollback(self, run: RunMeta, *, followers: int = 0, drain: bool = False, announced: bool = True) -> RolledBack:
         """Take back a dispatch whose publish failed, unless others have joined the run since.
 
         Args:
-            state: The key's state id.
-            run: The run.
-            task_id: Its task id.
-            triggers: How many of its triggers are the caller's own.
+            run: The run, with as many triggers as are the caller's own.
             followers: How many of its followers are.
+            drain: Whether anybody may listen to the drain of its session.
+            announced: Whether the caller announces that, and the sweep only if the caller dies.
         """
-        own = {"triggers": triggers, "followers": followers}
-        reply = self._record("rollback", state, run, task_id=task_id, again=UNPUBLISHED_AGAIN, **own)
+        names = self.store.names
+        asked = {
+            "run": str(run.run_id),
+            "task_id": run.task_id,
+            "again": UNPUBLISHED_AGAIN,
+            "triggers": run.triggers,
+            "followers": followers,
+            "announce_in": self._announce_in(announced) if drain else None,
+        }
+        keys = (*names.record(run.state_id), names.drains)
+        reply = self._call("rollback", keys, run.state_id, asked, begin_drain(run) if drain else b"")
         if as_text(reply[0]) != Answer.ENDED:
             return RolledBack()
-        session = as_text(reply[2])
-        return RolledBack(self._sent(state, reply[1]), int(session) if session else None, int(reply[3]), undone=True)
+        return RolledBack(self._sent(run.state_id, reply[1]), as_blob(reply[2]), undone=True)
+
+    def _announce_in(self, announced: bool) -> int:
+        """Return the milliseconds after which the sweep may announce a drain that was put aside."""
+        return self.timing.lease if announced else 0
 
     def unpublished(self, envelope: Envelope) -> None:
         """Note that a run's message was not published; it is tried again in 60 seconds."""
@@ -293,7 +304,7 @@ class Running(Base):
             "run": lease.run,
             "token": lease.token,
             "told": told,
-            "announce_in": (self.timing.lease if announced else 0) if drain is not None else None,
+            "announce_in": self._announce_in(announced) if drain is not None else None,
         }
         if ended is not None:
             asked["outcome"], asked["error"] = ended.outcome and ended.outcome.value, ended.error

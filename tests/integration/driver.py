@@ -27,6 +27,7 @@ from celery_coalesce.records import (
     Known,
     Lease,
     MergeWanted,
+    RolledBack,
     Started,
     Timing,
     Trigger,
@@ -238,6 +239,12 @@ class Driver:
         assert started.answer is Answer.RUNNING, started
         assert started.lease is not None
         return started.lease
+
+    def take_back(self, accepted: Any, key: str = "k", scope: str = "task", **given: Any) -> RolledBack:
+        """Take back a run whose publish failed; `given` are fields of its metadata, and arguments of the rollback."""
+        known = {name: given.pop(name) for name in ("triggers", "labels") if name in given}
+        policy = self.policy(scope=scope)
+        return self.engine.rollback(RunMeta.unstarted(policy, key, accepted, **known), **given)
 
     def finish(self, lease: Lease, **options: Any) -> Finished:
         """End a run that has no followers, under a lease that holds."""

@@ -149,7 +149,7 @@ class TestRollback:
         """With their followers."""
         accepted = drive.trigger(1)
         drive.follow(3)
-        undone = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id, triggers=4, followers=3)
+        undone = drive.take_back(accepted, triggers=4, followers=3)
         assert undone.undone
         assert drive.left() == []
 
@@ -158,7 +158,7 @@ class TestRollback:
         drive.run(drive.trigger(0, limit=2))
         accepted = drive.trigger(1, limit=2)
         drive.trigger(2, limit=2, given={"follower": b"follower"})
-        undone = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id, triggers=2, followers=1)
+        undone = drive.take_back(accepted, triggers=2, followers=1)
         assert undone.undone
         record = drive.names.record(drive.state())[0]
         assert [name for name in drive.client.hkeys(record) if name.startswith(b"fol:")] == []  # type: ignore[union-attr]
@@ -169,7 +169,7 @@ class TestRollback:
         accepted = drive.trigger(1)
         drive.follow(3)
         own = {"triggers": triggers, "followers": followers}
-        assert not drive.engine.rollback(drive.state(), accepted.run, accepted.task_id, **own).undone
+        assert not drive.take_back(accepted, **own).undone
         assert drive.shown()[accepted.run]["unpublished"]
 
 

@@ -124,7 +124,7 @@ class Interleavings(RuleBasedStateMachine):
             self.send(envelope)
         elif fate == "failed":
             with self.drive.once():
-                back = self.drive.engine.rollback(envelope.state, envelope.run, envelope.task_id)
+                back = self.drive.take_back(envelope, key=key, scope="shared")
             if envelope.run not in self.runs(key):
                 self.expected.pop(envelope.run)
                 self.open.discard(number)  # the caller got an error: it was not accepted

@@ -402,9 +402,7 @@ class TestConstraints:
             return drive.finish(drive.run(accepted[number], f"x/{number}")).sent
 
         def rolled_back(number: int) -> Any:
-            return drive.engine.rollback(
-                drive.state(f"x/{number}"), accepted[number].run, accepted[number].task_id
-            ).sent
+            return drive.take_back(accepted[number], key=f"x/{number}").sent
 
         def cleared(number: int) -> Any:
             with drive.once():
@@ -548,7 +546,7 @@ class TestTicks:
     def test_a_tick_without_a_run_is_not_remembered(self, drive: Driver) -> None:
         """Rejected, or its publish failed: the other beat's may be accepted."""
         undone = self.tick(drive, "12:00")
-        assert drive.engine.rollback(drive.state(), undone.run, undone.task_id).undone
+        assert drive.take_back(undone).undone
         drive.run(self.tick(drive, "12:00", by="other", overflow="reject"))
         drive.trigger(1, overflow="reject")
         assert self.tick(drive, "12:01", overflow="reject").disposition is Disposition.REJECTED

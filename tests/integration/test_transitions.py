@@ -691,21 +691,21 @@ class TestRollback:
     def test_a_dispatch_nobody_joined_is_taken_back(self, drive: Driver) -> None:
         """dispatched -> (none)."""
         accepted = drive.trigger(1)
-        back = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
-        assert (back.sent, back.drained) == ((), None)
+        back = drive.take_back(accepted)
+        assert (back.sent, back.drain) == ((), b"")
         assert drive.left() == []
 
     def test_a_delayed_dispatch_is_taken_back(self, drive: Driver) -> None:
         """pending with a message -> (none)."""
         accepted = drive.trigger(1, given={"delay": 5000})
-        drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        drive.take_back(accepted)
         assert drive.left() == []
 
     def test_one_that_others_joined_stays_and_is_published_again(self, drive: Driver) -> None:
         """dispatched -> dispatched, tried again after a minute."""
         accepted = drive.trigger(1)
         drive.trigger(2)
-        assert drive.engine.rollback(drive.state(), accepted.run, accepted.task_id) == RolledBack()
+        assert drive.take_back(accepted) == RolledBack()
         assert near(drive.timer(accepted.run), UNPUBLISHED_AGAIN)
         assert drive.shown()[accepted.run]["unpublished"]
         drive.store.twice = False
@@ -718,7 +718,7 @@ class TestRollback:
         accepted = drive.trigger(1, coalesce="skip")
         joined = drive.trigger(2, coalesce="skip", given={"follower": follower})
         assert joined.disposition is SKIPPED
-        drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        drive.take_back(accepted)
         assert accepted.run in drive.shown()
 
     def test_the_last_of_a_session_taken_back_drains_it(self, make_driver: MakeDriver) -> None:
@@ -727,15 +727,25 @@ class TestRollback:
         lease = drive.run(drive.trigger(1, limit=2))
         accepted = drive.trigger(2, limit=2)
         assert not drive.finish(lease, drain=drive.drain_meta(lease)).drained
-        back = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        back = drive.take_back(accepted, drain=True)
         assert drive.shown() == {}
-        assert (back.drained, back.last_index) == (int(lease.session), 0)
+        # Should its caller die now, or never hear of it, the sweep announces it.
+        assert drive.client.zrange(drive.names.drains, 0, -1) == [back.drain]
+        meta = drive.engine.take_drain(back.drain, "one")
+        assert meta is not None
+        assert (meta.session_id, meta.run_index, meta.run_id) == (int(lease.session), 0, int(accepted.run))
+        assert (meta.key, meta.name, meta.state_id) == ("k", "task", drive.state())
+
+    def test_a_first_run_taken_back_ends_no_session(self, drive: Driver) -> None:
+        """Nothing has begun: nobody has heard of a start."""
+        assert not drive.take_back(drive.trigger(1), drain=True).drain
+        assert drive.left() == []
 
     def test_a_run_that_has_started_stays(self, drive: Driver) -> None:
         """The publish was reported to have failed, and had not."""
         accepted = drive.trigger(1)
         lease = drive.run(accepted)
-        drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        drive.take_back(accepted)
         assert drive.engine.check(lease)
 
     def test_what_waits_behind_it_goes_on(self, drive: Driver) -> None:
@@ -743,7 +753,7 @@ class TestRollback:
         accepted = drive.trigger(1, coalesce="serialize")
         drive.trigger(2, coalesce="serialize")
         drive.store.twice = False
-        back = drive.engine.rollback(drive.state(), accepted.run, accepted.task_id)
+        back = drive.take_back(accepted)
         assert values(back.sent) == [2]
 
 
