@@ -50,7 +50,7 @@ def wait_idle(cluster: ValkeyCluster) -> None:
     def left() -> set[str]:
         with cluster.client() as client:
             names = {name.removeprefix(f"{TAG}:") for name in client.scan_iter(count=1000)}
-        return names - {"meta", "presence", "history"}
+        return names - {"meta", "presence", "history", "seen"}
 
     wait_until(lambda: not left(), 20, lambda: f"left: {left()}")
 

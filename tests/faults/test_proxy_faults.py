@@ -33,7 +33,7 @@ PHASES: dict[str, tuple[str, bytes]] = {
     "check": ("theirs", sha("check")),
     "finish": ("theirs", sha("finish")),
     "retry": ("theirs", sha("retry")),
-    "drain": ("theirs", sha("take")),
+    "drain": ("theirs", sha("drain")),
 }
 
 
