@@ -9,6 +9,7 @@ from tests.support.servers import ValkeyServer
 
 logging.getLogger("celery_coalesce").setLevel(100)
 
+import gc; gc.disable()
 def main():
     setup = eval("Setup(" + (sys.argv[1] if len(sys.argv) > 1 else "") + ")")
     with ValkeyServer() as server, on_stage():

@@ -23,7 +23,7 @@ from billiard.einfo import ExceptionInfo
 from celery import Celery
 from celery.app.trace import build_tracer
 from celery.backends.base import BaseBackend
-from celery.exceptions import WorkerLostError
+from celery.exceptions import Retry, WorkerLostError
 from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
 from kombu.message import Message
@@ -47,6 +47,9 @@ Effect = list[Any]
 #: An answer that is raised in the process.
 FAILS = "!"
 
+#: What of a request is told twice, or by nobody looked at.
+LEFT_OUT = ("args", "kwargs", "argsrepr", "kwargsrepr", "properties", "delivery_info", "reply_to", "correlation_id")
+
 #: The patches that make a process depend on nothing but its log.
 _MADE_UP = (
     "celery_coalesce.transitions.base.uuid4",
@@ -54,6 +57,10 @@ _MADE_UP = (
 )
 _IDS = ("celery_coalesce.calling.uuid", "celery_coalesce.worker.request.uuid")
 _ETAS = ("celery_coalesce.dispatch.eta_header", "celery_coalesce.calling.eta_header")
+
+
+class MadeUp(Exception):
+    """What a body raises that is to fail."""
 
 
 class Suspended(BaseException):
@@ -161,6 +168,8 @@ def _publish(producer: Any, name: str, message: Any, **options: Any) -> None:
     eta = headers.pop("eta", None)
     delay = int(eta.removeprefix("in:")) if eta else 0
     kept = {field: headers[field] for field in ("id", "task", "retries", "root_id", "coalesce", "ignore_result")}
+    args, kwargs, embedded = body
+    body = [args, kwargs, {field: what for field, what in embedded.items() if what is not None}]
     STAGE.effect("publish", kept["id"], delay, json.dumps(kept, sort_keys=True), json.dumps(body, sort_keys=True))
 
 
@@ -206,10 +215,12 @@ def make_app(options: dict[str, Any]) -> Any:
         ends = _body(self.request.coalesce_run.lease.run, self.request.retries, value)
         if ends == "retry":
             raise self.retry(countdown=5, max_retries=None)
+        if ends == "fail":
+            raise MadeUp(value)
         return value
 
     given = {name if name in ("coalesce", "acks_late") else f"coalesce_{name}": what for name, what in options.items()}
-    task = app.task(bind=True, base=CoalescedTask, name="explored", backend=EffectBackend(app), **given)(run)
+    task = app.task(bind=True, base=CoalescedTask, name="explored", shared=False, backend=EffectBackend(app), **given)(run)
     app.finalize()
     task.__trace__ = build_tracer(task.name, task, app=app, hostname="w")
     return task
@@ -277,20 +288,17 @@ class Acts:
             if not held:
                 return
             STAGE.effect("hold", int(held.pop() * 1000))
-        dumped = json.dumps([request.request_dict, request._payload[:2]], default=str, sort_keys=True)
+        given = {field: what for field, what in request.request_dict.items() if field not in LEFT_OUT}
+        dumped = json.dumps([given, request._payload[:2]], sort_keys=True)
         STAGE.effect("pool", dumped)
         request.on_accepted(None, 0.0)
         how, value = STAGE.effect("child")
         if how == "died":
             request.on_failure(_info(WorkerLostError("made up: the child was killed")))
-        elif how == "RETRY":
-            task_retry = _info(WorkerLostError("unused"))
-            del task_retry
-            worker_state.task_ready(request)
-            if task.acks_late:
-                request.acknowledge()
-        else:
+        elif how == "SUCCESS":
             request.on_success((False, value, 0.0))
+        else:
+            request.on_success((True, _info(Retry() if how == "RETRY" else MadeUp(value)), 0.0))
 
     def child(self, owner: str, dumped: str) -> list[Any]:
         """A run in a pool child: returns how it ended for the parent."""
@@ -298,7 +306,7 @@ class Acts:
         request, (args, kwargs) = json.loads(dumped)
         request["is_eager"] = False
         retval, info, _, _ = self._task.__trace__(request["id"], args, kwargs, request)
-        return ["SUCCESS" if info is None else info.state, None if info is not None else retval]
+        return ["SUCCESS", retval] if info is None else [info.state, args[0]]
 
     def sweep(self, owner: str) -> None:
         """One look of a worker's sweep."""
