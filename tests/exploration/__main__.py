@@ -1,30 +1,42 @@
-import argparse, time, sys, logging
-from dataclasses import replace
-import redis
-from tests.exploration.explorer import explore, Violation
-from tests.exploration.processes import NAMES, Acts, make_app, on_stage
-from tests.exploration.snapshots import Snapshots
-from tests.exploration.system import Setup, System
-from tests.support.servers import ValkeyServer
+"""Explore, and print the counts: python -m tests.exploration [--bound deep] [--setup NAME ...]."""
 
-logging.getLogger("celery_coalesce").setLevel(100)
+from __future__ import annotations
 
-import gc; gc.disable()
-def main():
-    setup = eval("Setup(" + (sys.argv[1] if len(sys.argv) > 1 else "") + ")")
-    with ValkeyServer() as server, on_stage():
-        client = redis.Redis(unix_socket_path=str(server.unix_socket), protocol=2)
-        snapshots = Snapshots(client, NAMES)
-        acts = Acts(make_app(dict(setup.options, key="k")))
-        system = System(setup, acts, snapshots)
-        began = time.monotonic()
+import argparse
+import sys
+
+from tests.exploration.bounds import BOUNDED, DEEP
+from tests.exploration.explorer import Violation
+from tests.exploration.harness import explored
+
+
+def main() -> int:
+    """Explore setup after setup; return how many are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.exploration", description=__doc__)
+    parser.add_argument("--bound", choices=("ci", "deep"), default="ci", help="which setups (default: %(default)s)")
+    parser.add_argument("--setup", action="append", help="only the setup of this name; may be repeated")
+    parser.add_argument("--most", type=int, default=5_000_000, help="how many states a setup may have at most")
+    parser.add_argument("--list", action="store_true", help="print the setups' names")
+    given = parser.parse_args()
+    setups = BOUNDED if given.bound == "ci" else DEEP
+    unknown = set(given.setup or ()) - set(setups)
+    if unknown:
+        parser.error(f"no setup is called {min(unknown)!r}; known are {', '.join(setups)}")
+    if given.list:
+        print(*setups, sep="\n")
+        return 0
+    wrong = 0
+    print(f"{'setup':<32} {'states':>9} {'steps':>10} {'interleavings':>26} {'depth':>6} {'seconds':>8}")
+    for name in given.setup or setups:
         try:
-            graph = explore(system.start(), system.steps, 400000)
-        except Violation as v:
-            print(v)
-            print(time.monotonic() - began, snapshots.calls, acts.plays)
-            return
-        took = time.monotonic() - began
-        graph.check_drains()
-        print(setup, graph.states, graph.transitions, graph.depth, graph.interleavings(), len(graph.ends), "calls", snapshots.calls, "plays", acts.plays, f"{took:.1f}s")
-main()
+            counts = explored(setups[name], most=given.most)
+        except (Violation, OverflowError) as error:
+            wrong += 1
+            print(f"{name:<32} {error}")
+        else:
+            print(f"{name:<32} {counts}", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

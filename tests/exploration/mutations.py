@@ -5,9 +5,9 @@ An explorer that finds nothing proves something only if it would have found what
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from celery_coalesce.store.scripts import SCRIPTS, script
 from tests.exploration.system import Setup
 
 
@@ -31,19 +31,16 @@ class Mutation:
     setup: Setup = field(default_factory=Setup)
     only: str = ""
 
-    def applied(self) -> Callable[[str, str], str]:
-        """Return what changes a script's text."""
-        seen: list[str] = []
-
-        def mutate(name: str, text: str) -> str:
-            if self.only in ("", name) and self.old in text:
-                seen.append(name)
-                return text.replace(self.old, self.new)
-            if self.only == name or (not self.only and name == "finish" and not seen and False):
-                raise AssertionError(f"{name} has no {self.old!r}")
+    def __call__(self, script: str, text: str) -> str:
+        """Return a script's text with the mistake in it, if it is one of those."""
+        if self.only and self.only != script:
             return text
+        return text.replace(self.old, self.new)
 
-        return mutate
+    @property
+    def changed(self) -> list[str]:
+        """The scripts that it changes."""
+        return [name for name in SCRIPTS if self(name, script(name).text) != script(name).text]
 
 
 ONE_WORKER = Setup(workers=1)
@@ -81,7 +78,7 @@ MUTATIONS = (
         "a run that runs is given to a second message",
         "    return {'duplicate'}\n  end\n  if run.attempt",
         "  end\n  if run.attempt",
-        "has begun twice",
+        "the leases are not those of the running runs",
         with_one("message twice", workers=2),
     ),
     Mutation(
@@ -137,7 +134,7 @@ MUTATIONS = (
         "a lost run stays with the dead",
         "  run.owner, run.token, run.claim, run.returned = asked.sweeper, mint(), nil, true\n",
         "  run.returned = true\n",
-        "",
+        "the leases are not those of the running runs",
         with_one("worker dies"),
     ),
     Mutation(
@@ -165,7 +162,24 @@ MUTATIONS = (
         "a run that has ended leaves its timer",
         "  leave_lines(run)\n  clear_timer(run)\n  redis.call('ZREM', wait, run.id)\nend",
         "  leave_lines(run)\n  redis.call('ZREM', wait, run.id)\nend",
-        "",
+        "there is a timer of a run that needs none",
         with_one("publish fails"),
     ),
+)
+
+_BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
+
+
+def _outside(name: str, found: str, setup: Setup) -> Mutation:
+    """Return a mistake that is to be found by what it does to others, the record's own invariants left aside."""
+    return replace(_BY_NAME[name], name=f"{name}, from outside", found=found, setup=replace(setup, record=False))
+
+
+FROM_OUTSIDE = (
+    _outside("the end of a run leaves what waits where it is", "G2: nobody covers", ONE_WORKER),
+    _outside("everybody who waits is let in", "G1: 2 bodies run at once", Setup()),
+    _outside("a run that runs is given to a second message", "G1: a body runs without", with_one("message twice", workers=2)),
+    _outside("a run is dispatched without a timer", "G2: nobody covers", with_one("producer dies")),
+    _outside("a run that is woken has no timer any more", "G2: nobody covers", with_one("message lost", faults=2)),
+    _outside("a lost run stays with the dead", "G2: nobody covers", with_one("worker dies", "sweeper dies", faults=2)),
 )

@@ -41,6 +41,10 @@ ALL_FAULTS = (
 Move = tuple[str, Callable[[dict[str, Any]], None]]
 
 
+#: One that goes wrong: of which kind it is comes first.
+Fault = tuple[str, str, Callable[[dict[str, Any]], None]]
+
+
 @dataclass(frozen=True)
 class Setup:
     """What is explored.
@@ -53,6 +57,7 @@ class Setup:
         kinds: Which.
         ends: How bodies end: by the attempt, the last one for all others.
         follows: Whether the callers bring task ids of their own.
+        record: Whether the record's own invariants are looked at, too.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +67,7 @@ class Setup:
     kinds: tuple[str, ...] = ALL_FAULTS
     ends: tuple[str, ...] = ("",)
     follows: bool = False
+    record: bool = True
 
 
 class System:
@@ -101,13 +107,14 @@ class System:
             Violation: The state is wrong, or what happens is.
         """
         state = unpack(packed)
-        moves = list(self._ordinary(state))
+        at_work = list(self._at_work(state))
+        moves = [*self._working(state, at_work), *self._ordinary(state)]
         moment = self._next_moment(state)
         if not moves and moment:
             moves.append(("time passes", lambda new: self._wait(new, moment)))
         self._checks.state(state, ends=not moves)
         if state["faults"] and moves:
-            moves += self._faulty(state, moment)
+            moves += self._faulty(state, at_work, moment)
         for name, move in moves:
             new = unpack(packed)
             try:
@@ -119,30 +126,26 @@ class System:
 
     # -- what goes on by itself --------------------------------------------------------------------------------------
 
+    def _working(self, state: dict[str, Any], at_work: list[tuple[str, int, Effect]]) -> Iterator[Move]:
+        """Yield the next step of each process that need not wait."""
+        for act, number, effect in at_work:
+            waits = effect[0] == "child" or (effect[0] == "hold" and state["workers"][number][2][4] > NOW)
+            if not waits:
+                name = f"{_shown(act, number)}: {effect[1] if effect[0] == 'call' else effect[0]}"
+                yield name, lambda new, a=act, n=number, e=effect: self._take(new, a, n, e)
+
     def _ordinary(self, state: dict[str, Any]) -> Iterator[Move]:
-        for number, (_, calls, log) in enumerate(state["producers"]):
-            if calls:
-                yield self._move(state, "producer", number, log or [])
-        for number, (_, stalls, main, child) in enumerate(state["workers"]):
+        """Yield what begins something: a message that is received, a look of the sweep, a heartbeat that was missed."""
+        for number, (_, stalls, main, _) in enumerate(state["workers"]):
             name = f"w{number + 1}"
             if stalls:
-                yield f"{name}: heartbeat", lambda new, number=number: self._beat(new, number)
+                yield f"{name}: heartbeat", lambda new, n=number: self._beat(new, n)
             if main is not None:
-                effect = self._wants(state, "worker", number)
-                if effect[0] == "hold":
-                    if main[4] <= NOW:
-                        yield self._move(state, "worker", number, main[3])
-                elif effect[0] != "child":
-                    yield self._move(state, "worker", number, main[3])
-            else:
-                for place, message in enumerate(state["queue"]):
-                    if message[1] <= NOW and message not in state["queue"][:place]:
-                        yield f"{name}: receive {message[0]}", lambda new, n=number, p=place: self._receive(new, n, p)
-            if child is not None and child[0] == "lives":
-                yield self._move(state, "child", number, child[3])
-        if state["sweeper"][1] is not None:
-            yield self._move(state, "sweep", 0, state["sweeper"][1][1])
-        elif self._is_overdue(state):
+                continue
+            for place, message in enumerate(state["queue"]):
+                if message[1] <= NOW and message not in state["queue"][:place]:
+                    yield f"{name}: receive {message[0]}", lambda new, n=number, p=place: self._receive(new, n, p)
+        if state["sweeper"][1] is None and self._is_overdue(state):
             yield "sweep", self._sweep
 
     def _is_overdue(self, state: dict[str, Any]) -> bool:
@@ -203,14 +206,8 @@ class System:
             raise Violation(f"{act} has ended, and was not noticed")
         return list(effect)
 
-    def _move(self, state: dict[str, Any], act: str, number: int, log: list[Any]) -> Move:
-        effect = self._wants(state, act, number)
-        word = effect[1] if effect[0] == "call" else effect[0]
-        return f"{_shown(act, number)}: {word}", lambda new: self._take(new, act, number)
-
-    def _take(self, state: dict[str, Any], act: str, number: int, *, fails: bool = False) -> None:
+    def _take(self, state: dict[str, Any], act: str, number: int, effect: Effect, *, fails: bool = False) -> None:
         """Take a process's next step, and those after it that are its own affair."""
-        effect = self._wants(state, act, number)
         answer = FAILS if fails else self._perform(state, act, number, effect)
         self._answer(state, act, number, answer)
 
@@ -268,7 +265,7 @@ class System:
 
     def _sweep(self, state: dict[str, Any]) -> None:
         state["sweeper"][1] = [NEW, []]
-        self._take(state, "sweep", 0)
+        self._take(state, "sweep", 0, self._wants(state, "sweep", 0))
 
     def _beat(self, state: dict[str, Any], number: int) -> None:
         owner = state["workers"][number][0]
@@ -333,8 +330,8 @@ class System:
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
-    def _faulty(self, state: dict[str, Any], moment: int) -> Iterator[Move]:
-        for kind, name, move in self._faults(state, moment):
+    def _faulty(self, state: dict[str, Any], at_work: list[tuple[str, int, Effect]], moment: int) -> Iterator[Move]:
+        for kind, name, move in (*self._of_processes(at_work), *self._faults(state, moment)):
             if kind in self._setup.kinds:
 
                 def fault(new: dict[str, Any], move: Callable[[dict[str, Any]], None] = move) -> None:
@@ -343,15 +340,17 @@ class System:
 
                 yield f"FAULT {name}", fault
 
-    def _faults(self, state: dict[str, Any], moment: int) -> Iterator[tuple[str, str, Callable[[dict[str, Any]], None]]]:
-        for act, number, effect in self._at_work(state):
+    def _of_processes(self, at_work: list[tuple[str, int, Effect]]) -> Iterator[Fault]:
+        for act, number, effect in at_work:
             shown = _shown(act, number)
             if effect[0] == "call":
                 name = f"{shown}: {effect[1]}, its reply is lost"
                 yield "reply lost", name, lambda new, a=act, n=number, e=effect: self._perform(new, a, n, e)
             elif effect[0] == "publish":
                 name = f"{shown}: publish fails"
-                yield "publish fails", name, lambda new, a=act, n=number: self._take(new, a, n, fails=True)
+                yield "publish fails", name, lambda new, a=act, n=number, e=effect: self._take(new, a, n, e, fails=True)
+
+    def _faults(self, state: dict[str, Any], moment: int) -> Iterator[Fault]:
         for number, (_, _, log) in enumerate(state["producers"]):
             if log:
                 yield "producer dies", f"p{number + 1} dies", lambda new, n=number: self._kill_producer(new, n)
@@ -424,7 +423,8 @@ class System:
         interchangeable.
         """
         state["queue"].sort()
-        state["workers"].sort(key=_nameless)
+        if len(state["workers"]) > 1:
+            state["workers"].sort(key=_nameless)
         names = {name: state[name] for name in ("workers", "sweeper", "producers", "queue", "results", "ghost", "faults")}
         packed = pack({**names, "db": state["db"]})
         found = dict.fromkeys(NUMBERS.findall(packed))
