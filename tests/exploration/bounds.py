@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from tests.exploration.system import Setup
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 DEATHS = ("producer dies", "worker dies", "child dies", "sweeper dies")
 MESSAGES = ("message lost", "message twice", "publish fails", "reply lost")
 CLOCKS = ("worker stalls", "all is slow")
+ALL_FAULTS = (*DEATHS, *MESSAGES, *CLOCKS)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is explored.
+
+    Args:
+        options: The task's options, without their prefix.
+        producers: How many calls each producer makes, one after the other.
+        workers: How many workers there are, each with one place in its pool.
+        faults: How many faults there may be in one execution.
+        kinds: Which.
+        ends: How bodies end: by the attempt, the last one for all others.
+        follows: Whether the callers bring task ids of their own.
+        record: Whether the record's own invariants are looked at, too.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    producers: tuple[int, ...] = (1, 1)
+    workers: int = 2
+    faults: int = 0
+    kinds: tuple[str, ...] = ALL_FAULTS
+    ends: tuple[str, ...] = ("",)
+    follows: bool = False
+    record: bool = True
+
 
 #: In CI: two producers, two workers and the sweep with any one fault after any step, and what differs from that with
 #: fewer processes or faults.

@@ -6,6 +6,7 @@ them some run has covered since) is remembered in its `ghost`, which no process 
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from tests.exploration.explorer import Violation
 from tests.exploration.snapshots import NOW, pack, unpack
 
 if TYPE_CHECKING:
-    from tests.exploration.system import Setup
+    from tests.exploration.bounds import Setup
 
 #: States of a result that nothing follows.
 FINAL = ("SUCCESS", "FAILURE", "REVOKED")
@@ -43,8 +44,8 @@ class Checks:
     def nothing(self) -> Ghost:
         """Return what is remembered at the start."""
         return {
-            # Of each accepted trigger that no run has covered yet, in their order: value, run, task id, and whether it is
-            # a call that was covered before, and made again only because its reply was lost until its run had ended.
+            # Of each accepted trigger that no run has covered yet, in their order: value, run, task id, and whether it
+            # was covered before, and is made again only because its reply was lost until its run had ended.
             "open": [],
             "accepted": {},  # value -> run
             "begun": [],  # run and attempt of each body that has begun, while its run is there
@@ -98,9 +99,8 @@ class Checks:
         if head_of(state["db"]) is None and head is not None:
             session = head[b"session"].decode()
             if not head[b"index"]:
+                # No run has begun in it: it was none.
                 ghost["sessions"].remove(session)
-            elif reply[2] == head[b"session"]:
-                self.announced(state, int(session))
 
     def begins(self, state: dict[str, Any], run: str, attempt: int, value: int) -> None:
         """Look at a body that begins."""
@@ -227,8 +227,6 @@ def runs_of(db: bytes) -> dict[bytes, Run]:
 @cache
 def lease_of(dumped: str) -> tuple[bytes, bytes]:
     """Return token and run of the lease that a pool child was given."""
-    import json
-
     lease = json.loads(dumped)[0]["coalesce"]
     return lease["token"].encode(), lease["run"].encode()
 
@@ -238,7 +236,7 @@ def wrong(db: bytes, limit: int) -> list[str]:
     """Return what is not as design.md says of a record."""
     content = unpack(db)
     head, runs = head_of(db), runs_of(db)
-    wait = next((members for name, members in content.items() if name.startswith("wait:")), {})
+    wait: dict[bytes, Any] = next((members for name, members in content.items() if name.startswith("wait:")), {})
     timers = {ref.split(b"/")[1] for ref in content.get("timers", {})}
     held = {
         (name.removeprefix("held:").encode(), ref.split(b"/")[1])

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import redis
 
+from tests.exploration.bounds import Setup
 from tests.exploration.explorer import Graph, explore
 from tests.exploration.processes import NAMES, Acts, make_app, on_stage
 from tests.exploration.snapshots import Snapshots
-from tests.exploration.system import Setup, System
+from tests.exploration.system import System
 from tests.support.servers import ValkeyServer
 
 #: Changes the text of a script, given its name.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from celery_coalesce.store.scripts import SCRIPTS, script
-from tests.exploration.system import Setup
+from tests.exploration.bounds import Setup
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,9 @@ def _outside(name: str, found: str, setup: Setup) -> Mutation:
 FROM_OUTSIDE = (
     _outside("the end of a run leaves what waits where it is", "G2: nobody covers", ONE_WORKER),
     _outside("everybody who waits is let in", "G1: 2 bodies run at once", Setup()),
-    _outside("a run that runs is given to a second message", "G1: a body runs without", with_one("message twice", workers=2)),
+    _outside(
+        "a run that runs is given to a second message", "G1: a body runs without", with_one("message twice", workers=2)
+    ),
     _outside("a run is dispatched without a timer", "G2: nobody covers", with_one("producer dies")),
     _outside("a run that is woken has no timer any more", "G2: nobody covers", with_one("message lost", faults=2)),
     _outside("a lost run stays with the dead", "G2: nobody covers", with_one("worker dies", "sweeper dies", faults=2)),

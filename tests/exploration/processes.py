@@ -38,7 +38,7 @@ from celery_coalesce.signals import EventBus, coalesce_drain
 from celery_coalesce.transitions import Transitions
 from celery_coalesce.worker.presence import WorkerPresence
 from celery_coalesce.worker.request import CoalescedRequest
-from tests.exploration.snapshots import pack, unpack
+from tests.exploration.snapshots import pack
 
 NAMES = Names("", "explored")
 
@@ -75,6 +75,7 @@ class Stage:
         self._next = 0
         self._wanted: Effect | None = None
         self._name = ""
+        self.act = ""
         self._made = itertools.count()
         #: What the process takes for the time, in seconds: it is only ever subtracted.
         self.clock = 0.0
@@ -87,6 +88,7 @@ class Stage:
         """
         self._log, self._next, self._wanted = log, 0, None
         self._name, self._made, self.clock = name, itertools.count(), 0.0
+        self.act = act.__name__
         try:
             ended = act(*given)
         except Suspended:
@@ -178,23 +180,37 @@ def _producer(*_: Any, **__: Any) -> Iterator[Any]:
     yield SimpleNamespace(connection=SimpleNamespace(_reraise_as_library_errors=contextlib.nullcontext))
 
 
+def _made_up_uuid() -> Any:
+    return SimpleNamespace(hex=_Hex(STAGE.made_up()))
+
+
+def _made_up_id() -> str:
+    return f"id-{STAGE.made_up()}"
+
+
+def _relative_eta(delay: int) -> str:
+    return f"in:{delay}"
+
+
 @contextlib.contextmanager
 def on_stage() -> Iterator[None]:
     """Take away from the package whatever would make two plays of the same log differ."""
     with contextlib.ExitStack() as stack:
         for name in _MADE_UP:
-            stack.enter_context(mock.patch(name, lambda: SimpleNamespace(hex=_Hex(STAGE.made_up()))))
+            stack.enter_context(mock.patch(name, _made_up_uuid))
         for name in _IDS:
-            stack.enter_context(mock.patch(name, lambda: f"id-{STAGE.made_up()}"))
+            stack.enter_context(mock.patch(name, _made_up_id))
         for name in _ETAS:
-            stack.enter_context(mock.patch(name, lambda delay: f"in:{delay}"))
+            stack.enter_context(mock.patch(name, _relative_eta))
         for module in ("context", "worker.request"):
             clock = SimpleNamespace(monotonic=lambda: STAGE.clock)
             stack.enter_context(mock.patch(f"celery_coalesce.{module}.time", clock))
 
         # Somebody has to listen, for a drain to be announced.
-        def heard(**_: Any) -> None:
-            """Nothing: what counts is who took it out of the store."""
+        def heard(meta: Any, **_: Any) -> None:
+            """A worker has taken it out of the store, which is what counts; a producer has only heard of it."""
+            if STAGE.act == "producer":
+                STAGE.effect("announces", str(meta.session_id))
 
         coalesce_drain.connect(heard, weak=False, dispatch_uid="exploration")
         stack.callback(coalesce_drain.disconnect, dispatch_uid="exploration")
@@ -220,7 +236,8 @@ def make_app(options: dict[str, Any]) -> Any:
         return value
 
     given = {name if name in ("coalesce", "acks_late") else f"coalesce_{name}": what for name, what in options.items()}
-    task = app.task(bind=True, base=CoalescedTask, name="explored", shared=False, backend=EffectBackend(app), **given)(run)
+    given.update(base=CoalescedTask, name="explored", shared=False, backend=EffectBackend(app))
+    task = app.task(run, bind=True, **given)
     app.finalize()
     task.__trace__ = build_tracer(task.name, task, app=app, hostname="w")
     return task
@@ -280,7 +297,7 @@ class Acts:
             task=task,
             hostname="w",
             on_ack=lambda *_: STAGE.effect("ack"),
-            on_reject=lambda *_: STAGE.effect("reject", bool(_[2]) if len(_) > 2 else False),
+            on_reject=lambda logger, errors, requeue: STAGE.effect("reject", bool(requeue)),
         )
         request._received = True
         worker_state.reserved_requests.add(request)
@@ -329,6 +346,3 @@ def _info(error: BaseException) -> Any:
         raise error
     except BaseException:
         return ExceptionInfo()
-
-
-__all__ = ["FAILS", "NAMES", "STAGE", "Acts", "Effect", "make_app", "on_stage", "unpack"]

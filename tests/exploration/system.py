@@ -6,36 +6,18 @@ Every step is one thing that one process does to the rest of the world; between 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from celery_coalesce.records import Timing
+from tests.exploration.bounds import Setup
 from tests.exploration.checks import Checks
 from tests.exploration.explorer import Violation
+from tests.exploration.names import NEW, normal
 from tests.exploration.processes import FAILS, NAMES, Acts, Effect
 from tests.exploration.snapshots import NOW, Snapshots, aged, pack, unpack
 
 LEASE = Timing().lease
-
-#: Every number that the scripts gave out, and every made-up name of a process: as long as they are, in this order.
-NUMBERS = re.compile(rb"170000000000\d{4}|18000000000\d{5}")
-#: The name of a process that was not there before.
-NEW = "1800000000099999"
-
-ALL_FAULTS = (
-    "producer dies",
-    "worker dies",
-    "child dies",
-    "sweeper dies",
-    "message lost",
-    "message twice",
-    "reply lost",
-    "publish fails",
-    "worker stalls",
-    "all is slow",
-)
 
 #: A step that is to be taken: its name, and what it does to a copy of the state.
 Move = tuple[str, Callable[[dict[str, Any]], None]]
@@ -43,31 +25,6 @@ Move = tuple[str, Callable[[dict[str, Any]], None]]
 
 #: One that goes wrong: of which kind it is comes first.
 Fault = tuple[str, str, Callable[[dict[str, Any]], None]]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is explored.
-
-    Args:
-        options: The task's options, without their prefix.
-        producers: How many calls each producer makes, one after the other.
-        workers: How many workers there are, each with one place in its pool.
-        faults: How many faults there may be in one execution.
-        kinds: Which.
-        ends: How bodies end: by the attempt, the last one for all others.
-        follows: Whether the callers bring task ids of their own.
-        record: Whether the record's own invariants are looked at, too.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    producers: tuple[int, ...] = (1, 1)
-    workers: int = 2
-    faults: int = 0
-    kinds: tuple[str, ...] = ALL_FAULTS
-    ends: tuple[str, ...] = ("",)
-    follows: bool = False
-    record: bool = True
 
 
 class System:
@@ -98,7 +55,7 @@ class System:
             "faults": self._setup.faults,
             "ghost": self._checks.nothing(),
         }
-        return self._normal(state)
+        return normal(state)
 
     def steps(self, packed: bytes) -> Iterator[tuple[str, bytes]]:
         """Yield what may happen in a state, and where that leads.
@@ -120,7 +77,7 @@ class System:
             try:
                 move(new)
                 self._checks.settle(new)
-                yield name, self._normal(new)
+                yield name, normal(new)
             except Violation as violation:
                 raise Violation(violation.what, [name]) from violation
 
@@ -292,6 +249,8 @@ class System:
             return sorted(member.decode() for member in found)
         elif word == "take":
             return self._take_drain(state, what[1])
+        elif word == "announces":
+            self._checks.announced(state, int(what[0]))
         elif word in ("ack", "reject"):
             state["workers"][number][2][2] = True
             if word == "reject" and what[0]:
@@ -360,7 +319,11 @@ class System:
                 continue
             yield "worker dies", f"{shown} dies", lambda new, n=number: self._kill_worker(new, n)
             if child is not None and child[0] == "lives":
-                yield "child dies", f"{shown}'s child dies", lambda new, n=number: self._child_ended(new, n, ["died", None])
+                yield (
+                    "child dies",
+                    f"{shown}'s child dies",
+                    lambda new, n=number: self._child_ended(new, n, ["died", None]),
+                )
             left = unpack(state["db"])["presence"].get(owner.encode(), NOW) - NOW
             if not stalls and left > 0:
                 yield "worker stalls", f"{shown} stalls", lambda new, n=number, ms=left: self._stall(new, n, ms)
@@ -414,36 +377,6 @@ class System:
             worker[3][6] = True
         self._wait(state, passed)
 
-    # -- equal states ------------------------------------------------------------------------------------------------
-
-    def _normal(self, state: dict[str, Any]) -> bytes:
-        """Pack a state so that states which differ in names alone are equal.
-
-        Numbers that scripts gave out keep their order and nothing else, made-up names not even that; workers are
-        interchangeable.
-        """
-        state["queue"].sort()
-        if len(state["workers"]) > 1:
-            state["workers"].sort(key=_nameless)
-        names = {name: state[name] for name in ("workers", "sweeper", "producers", "queue", "results", "ghost", "faults")}
-        packed = pack({**names, "db": state["db"]})
-        found = dict.fromkeys(NUMBERS.findall(packed))
-        given = sorted(number for number in found if number < b"18")
-        renamed = {number: b"1700000000000000"[:12] + b"%04d" % rank for rank, number in enumerate(given)}
-        made_up = (number for number in found if number >= b"18")
-        renamed.update({number: b"18000000000%05d" % place for place, number in enumerate(made_up)})
-        if all(number == name for number, name in renamed.items()):
-            return packed
-        changed = unpack(NUMBERS.sub(lambda match: renamed[match.group()], packed))
-        db = unpack(changed["db"])
-        changed["db"] = pack({name: dict(sorted(db[name].items())) for name in sorted(db)})
-        changed["queue"].sort()
-        return pack(changed)
-
 
 def _shown(act: str, number: int) -> str:
     return {"producer": f"p{number + 1}", "worker": f"w{number + 1}", "child": f"w{number + 1}'s child"}.get(act, act)
-
-
-def _nameless(worker: list[Any]) -> bytes:
-    return re.sub(rb"18000000000\d{5}", b"", pack([worker[2] is None, *worker[1:]]))

@@ -65,9 +65,7 @@ def test_the_protocol_is_right(tmp_path: Path, what: str, bound: tuple[str, ...]
         ("FORGET_PENDING", DRAINED, MERGING),
     ],
 )
-def test_a_mistake_in_the_protocol_is_found(
-    tmp_path: Path, mistake: str, what: str, bound: tuple[str, ...]
-) -> None:
+def test_a_mistake_in_the_protocol_is_found(tmp_path: Path, mistake: str, what: str, bound: tuple[str, ...]) -> None:
     """A property that no mistake could break would say nothing: with each mistake one fails."""
     errors, _ = _verified(tmp_path, what, *bound, mistake)
     assert errors > 0
