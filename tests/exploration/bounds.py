@@ -45,8 +45,10 @@ BOUNDED = {
     "queue": Setup(faults=1, kinds=PARTS),
     "queue, a worker stalls": Setup(producers=(2,), faults=1, kinds=("worker stalls",)),
     "queue, every fault": Setup(workers=1, faults=1),
-    "queue, three producers": Setup(producers=(1, 1, 1), faults=1, kinds=DEATHS),
-    "queue, a stall and a lost reply": Setup(producers=(1,), workers=1, faults=2, kinds=("worker stalls", "reply lost")),
+    "queue, three producers": Setup(producers=(1, 1, 1), faults=1, kinds=("worker dies",)),
+    "queue, a stall and a lost reply": Setup(
+        producers=(1,), workers=1, faults=2, kinds=("worker stalls", "reply lost")
+    ),
     "serialize": Setup({"coalesce": "serialize"}, faults=1, kinds=PARTS),
     "serialize, three producers": Setup({"coalesce": "serialize"}, producers=(1, 1, 1)),
     "skip": Setup({"coalesce": "skip"}, faults=1, kinds=PARTS),
