@@ -21,16 +21,17 @@ local function lost_to_sweeper(head, run)
 end
 
 local function lose()
-  local expiry = redis.call('ZSCORE', KEYS[11], asked.owner)
-  if expiry and tonumber(expiry) > now then return {'alive'} end
-  if tonumber(redis.call('HGET', meta, 'grace') or '0') > now then return {'grace'} end
   local head = read_head()
   local run = head and read_run(asked.run)
   if run and run.lost_of == asked.owner .. asked.nonce then
-    -- The same call again: its reply was lost, and nobody else will end what it took.
+    -- The same call again: its reply was lost, and nobody else will end what it took; not even if its holder has come
+    -- back meanwhile.
     if run.state == 'dispatched' then return {'dispatched', {envelope(run)}, unpack(run.lost)} end
     if run.owner == asked.sweeper then return {'lost', {}, unpack(lost_to_sweeper(head, run))} end
   end
+  local expiry = redis.call('ZSCORE', KEYS[11], asked.owner)
+  if expiry and tonumber(expiry) > now then return {'alive'} end
+  if tonumber(redis.call('HGET', meta, 'grace') or '0') > now then return {'grace'} end
   if not run or run.state ~= 'running' or run.owner ~= asked.owner then
     redis.call('SREM', KEYS[12], asked.state .. '/' .. asked.run)
     return {'gone'}
