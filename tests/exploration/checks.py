@@ -72,6 +72,9 @@ class Checks:
             run = runs_of(before).get(asked["run"].encode())
             if run is None or run.get(b"token") != asked["token"].encode():
                 raise Violation(f"G1: {script} was let through with a token that is not the lease's")
+        elif script == "drain" and reply[0] == b"drained":
+            # Whoever is told so again has asked before in the same name, and has changed nothing.
+            self._announced(state, unpack(before), unpack(state["db"]))
         elif script == "rollback" and reply[0] == b"ended":
             self._rolled_back(state, reply, before, value)
 
@@ -115,9 +118,11 @@ class Checks:
             raise Violation(f"G5: {covered[0][0]} begins before {ghost['open'][0][0]}")
         ghost["open"] = [each for each in ghost["open"] if each[1] != run]
 
-    def announced(self, state: dict[str, Any], session: int) -> None:
-        """Look at a drain that is announced."""
-        ghost, name = state["ghost"], str(session)
+    def _announced(self, state: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Look at a drain that is announced: taken out of the store by who does."""
+        ghost = state["ghost"]
+        [blob] = set(before["drains"]) - set(after.get("drains", {}))
+        name = str(json.loads(blob)["session_id"])
         if name in ghost["announced"]:
             raise Violation("G4: a drain is announced twice")
         head = head_of(state["db"])
@@ -201,7 +206,7 @@ class Checks:
         if sorted(ghost["announced"]) != sorted(ghost["sessions"]):
             raise Violation(f"G4: sessions {ghost['sessions']}, drains {ghost['announced']}")
         owners = {worker[0].encode() for worker in state["workers"]} | {state["sweeper"][0].encode()}
-        if set(db) - {"meta", "presence"} or set(db["presence"]) - owners:
+        if set(db) - {"meta", "presence", "seen"} or set(db["presence"]) - owners:
             raise Violation(f"G6: left are {db}")
         for task_id in ghost["waits"]:
             if state["results"].get(task_id, [""])[0] not in FINAL:

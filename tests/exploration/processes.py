@@ -74,7 +74,7 @@ class Stage:
         self._log: list[Any] = []
         self._next = 0
         self._wanted: Effect | None = None
-        self._name = ""
+        self.name = ""
         self.act = ""
         self._made = itertools.count()
         #: What the process takes for the time, in seconds: it is only ever subtracted.
@@ -87,7 +87,7 @@ class Stage:
             ``wants`` and the effect, or ``ends`` and what it returns.
         """
         self._log, self._next, self._wanted = log, 0, None
-        self._name, self._made, self.clock = name, itertools.count(), 0.0
+        self.name, self._made, self.clock = name, itertools.count(), 0.0
         self.act = act.__name__
         try:
             ended = act(*given)
@@ -111,7 +111,7 @@ class Stage:
 
     def made_up(self) -> str:
         """Return what no other call is known by."""
-        return f"{self._name}.{next(self._made)}"
+        return f"{self.name}.{next(self._made)}"
 
 
 STAGE = Stage()
@@ -140,9 +140,6 @@ class EffectStore:
 
     def members(self, key: str, most: int) -> list[str]:
         return list(STAGE.effect("members", key))
-
-    def take(self, key: str, member: bytes) -> bool:
-        return bool(STAGE.effect("take", key, member))
 
     def connect(self) -> None:
         """Nothing is connected to."""
@@ -207,11 +204,13 @@ def on_stage() -> Iterator[None]:
             stack.enter_context(mock.patch(f"celery_coalesce.{module}.time", clock))
 
         # Somebody has to listen, for a drain to be announced.
-        def heard(meta: Any, **_: Any) -> None:
-            """A worker has taken it out of the store, which is what counts; a producer has only heard of it."""
-            if STAGE.act == "producer":
-                STAGE.effect("announces", str(meta.session_id))
+        def heard(**_: Any) -> None:
+            """It was taken out of the store by then, which is what counts."""
 
+        def who() -> str:
+            return f"{STAGE.act} {STAGE.name}"
+
+        stack.enter_context(mock.patch("celery_coalesce.endings._this_process", who))
         coalesce_drain.connect(heard, weak=False, dispatch_uid="exploration")
         stack.callback(coalesce_drain.disconnect, dispatch_uid="exploration")
         yield

@@ -182,11 +182,8 @@ inline wake(r, mail) { hand[r]++; mail = r }
 inline heartbeat(w) { over[w] = false }
 inline bury(w) { over[w] = false; dead[w] = false }
 
-/* -- everything else --------------------------------------------------------------------------------------------- */
-
-inline publish(mail) { d_step { if :: mail != NO -> msgs[mail]++; hand[mail]--; mail = NO :: else fi } }
-
-inline announce(drained) {
+/* drained -> (none): whoever takes the drain announces it. */
+inline drain(drained) {
   d_step {
     if
     :: drains > 0 ->
@@ -199,6 +196,10 @@ inline announce(drained) {
     if :: drained -> announcing--; drained = false :: else fi
   }
 }
+
+/* -- everything else --------------------------------------------------------------------------------------------- */
+
+inline publish(mail) { d_step { if :: mail != NO -> msgs[mail]++; hand[mail]--; mail = NO :: else fi } }
 
 /* One step, after which the process may be no more. */
 #define STEP(what) atomic { what; if :: faults > 0 -> faults--; goto dies :: true fi }
@@ -260,7 +261,7 @@ end_idle:
   fi;
 follows:
   if :: mail != NO -> STEP(publish(mail)) :: else fi;
-  if :: drained -> announce(drained) :: else fi;
+  if :: drained -> drain(drained) :: else fi;
 idles:
   atomic { mine = 0; mail = NO; acked = false; r = 0; goto end_idle };
 dies:
@@ -285,7 +286,7 @@ end_look:
   :: STEP(drains > announcing -> announcing++; drained = true)
   fi;
   if :: mail != NO -> STEP(publish(mail)) :: else fi;
-  if :: drained -> announce(drained) :: else fi;
+  if :: drained -> drain(drained) :: else fi;
   atomic { mine = 0; r = 0; goto end_look };
 dies:
   atomic {

@@ -23,8 +23,11 @@ TIME = "redis.call('TIME')"
 NOW = 1_700_000_000_000
 FIRST = NOW * 1000
 
-#: Written, and never read by a transition: left out, or states would differ by how many runs came before.
-UNREAD = ("history",)
+#: Written, and never read by a transition: left out, or states would differ by how many runs came before. A mark is
+#: read only where the server is seen to be another one, which it never is here.
+UNREAD, UNREAD_META = ("history",), (b"mark",)
+#: A digest would hide the names in it, which are exchanged.
+DIGEST, WHOLE = "redis.sha1hex(asked.nonce .. ARGV[2])", "(asked.nonce .. ARGV[2])"
 
 AROUND = """
 local function transition(KEYS, ARGV)
@@ -116,7 +119,7 @@ class Snapshots:
             text = self._mutate(name, script(name).text)
             # Expiry is the server's own clock's; what has a time to live is looked at before it is believed.
             text = text.replace(TIME, f"{{{NOW // 1000}, 0}}").replace("'PEXPIREAT'", "'TOUCH'")
-            text = text.replace("'PEXPIRE'", "'TOUCH'").replace("'PERSIST'", "'TOUCH'")
+            text = text.replace(DIGEST, WHOLE).replace("'PEXPIRE'", "'TOUCH'").replace("'PERSIST'", "'TOUCH'")
             self._shas[name] = str(self._client.script_load(AROUND % text))
         return self._shas[name]
 
@@ -163,6 +166,7 @@ class Snapshots:
                 content[name] = {
                     field: _sorted(_read_lua(value)) if _is_packed(name, field) else value
                     for field, value in sorted(pairs)
+                    if name != "meta" or field not in UNREAD_META
                 }
         return pack({name: content[name] for name in sorted(content)})
 
@@ -183,6 +187,8 @@ def aged(snapshot: Snapshot, passed: int) -> Snapshot:
     for name, items in content.items():
         if name in CLOCKS:
             content[name] = {member: earlier(at) for member, at in items.items()}
+            if name == "seen":
+                content[name] = {member: at for member, at in content[name].items() if at > NOW}
         for field, value in items.items():
             if name.startswith("rec:") and (field == b"head" or field.startswith(b"run:")):
                 for time in (*RUN_TIMES, b"batch_till"):
@@ -194,4 +200,4 @@ def aged(snapshot: Snapshot, passed: int) -> Snapshot:
                         value[time] -= passed
             elif name == "meta" and field == b"grace":
                 items[field] = b"%d" % earlier(int(value))
-    return pack(content)
+    return pack({name: items for name, items in content.items() if items or name != "seen"})

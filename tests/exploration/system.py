@@ -247,10 +247,6 @@ class System:
         elif word == "members":
             found = unpack(state["db"]).get(what[0].split(":", 1)[1], {})
             return sorted(member.decode() for member in found)
-        elif word == "take":
-            return self._take_drain(state, what[1])
-        elif word == "announces":
-            self._checks.announced(state, int(what[0]))
         elif word in ("ack", "reject"):
             state["workers"][number][2][2] = True
             if word == "reject" and what[0]:
@@ -275,17 +271,6 @@ class System:
         value = self._value(number, state["producers"][number][0]) if act == "producer" else 0
         self._checks.called(state, script, asked, reply, before, value)
         return reply
-
-    def _take_drain(self, state: dict[str, Any], blob: bytes) -> bool:
-        db = unpack(state["db"])
-        if blob not in db.get("drains", {}):
-            return False
-        del db["drains"][blob]
-        if not db["drains"]:
-            del db["drains"]
-        state["db"] = pack(db)
-        self._checks.announced(state, json.loads(blob)["session_id"])
-        return True
 
     # -- faults ------------------------------------------------------------------------------------------------------
 
