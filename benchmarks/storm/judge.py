@@ -74,6 +74,8 @@ class Body:
     start: Event
     #: When its body returned, its process was killed, or it was first kept from renewing its lease for long.
     until: float = math.inf
+    #: Whether somebody has taken its lease away.
+    was_lost: bool = False
 
 
 class Storm:
@@ -114,7 +116,7 @@ class Storm:
     def was_killed(self, event: Event, within: float) -> bool:
         """Return whether the process that wrote an event was killed so soon after it."""
         pids = {event["pid"], event.get("parent")}
-        return any(pids & {*kill["pids"]} and 0 <= kill["at"] - event["at"] <= within for kill in self.of["killed"])
+        return any(pids & {*kill["pids"]} and -BLUR <= kill["at"] - event["at"] <= within for kill in self.of["killed"])
 
     def _bodies(self) -> dict[tuple[int, int], Body]:
         bodies = {(each["run"], each["token"]): Body(each) for each in self.of["start"]}
@@ -125,7 +127,7 @@ class Storm:
             for start in self.starts[lost["run"]]:
                 body = bodies[start["run"], start["token"]]
                 if start["token"] < lost["token"]:
-                    body.until = min(body.until, lost["at"])
+                    body.until, body.was_lost = min(body.until, lost["at"]), True
         troubles = Lists()
         for kill in self.of["killed"]:
             for pid in kill["pids"]:
@@ -244,8 +246,9 @@ def drained(storm: Storm) -> Iterator[Violation]:
     for kind in ("start", "end", *OUTCOMES):
         for each in storm.of[kind]:
             body = storm.bodies.get((each["run"], each["token"]))
-            # What a body does after its lease was lost is not the session's any more.
-            if body and each["at"] > body.until + BLUR and kind in ("start", "end"):
+            # What a body does after its lease was lost is not the session's any more; of its announcement this window
+            # remains, between the last look at the lease and the result.
+            if body and each["at"] > body.until + BLUR and body.was_lost:
                 continue
             if each["session"] not in last or each["at"] > last[each["session"]]["at"]:
                 last[each["session"]] = each

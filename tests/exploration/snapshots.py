@@ -23,9 +23,8 @@ TIME = "redis.call('TIME')"
 NOW = 1_700_000_000_000
 FIRST = NOW * 1000
 
-#: Written, and never read by a transition: left out, or states would differ by how many runs came before. A mark is
-#: read only where the server is seen to be another one, which it never is here.
-UNREAD, UNREAD_META = ("history",), (b"mark",)
+#: Written, and never read by a transition: left out, or states would differ by how many runs came before.
+UNREAD = ("history",)
 #: A digest would hide the names in it, which are exchanged.
 DIGEST, WHOLE = "redis.sha1hex(asked.nonce .. ARGV[2])", "(asked.nonce .. ARGV[2])"
 
@@ -166,7 +165,6 @@ class Snapshots:
                 content[name] = {
                     field: _sorted(_read_lua(value)) if _is_packed(name, field) else value
                     for field, value in sorted(pairs)
-                    if name != "meta" or field not in UNREAD_META
                 }
         return pack({name: content[name] for name in sorted(content)})
 

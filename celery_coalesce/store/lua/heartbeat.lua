@@ -5,8 +5,6 @@
 -- Returns: renewed, ms until something is overdue (-1: nothing in sight)
 -- Transition: presence -> presence
 -- Order: grace before beat, so that a gap that was seen is never forgotten.
---# include server
-
 local asked = cjson.decode(ARGV[1])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -19,7 +17,6 @@ end
 local beat = tonumber(redis.call('HGET', KEYS[1], 'beat') or now)
 if now - beat > asked.lease then redis.call('HSET', KEYS[1], 'grace', whole(now + asked.lease)) end
 redis.call('HSET', KEYS[1], 'beat', whole(now))
-mark_numbers(KEYS[1], time[1] * 1000000 + time[2])
 redis.call('ZADD', KEYS[2], whole(now + asked.lease), asked.owner)
 
 local next_at = math.huge

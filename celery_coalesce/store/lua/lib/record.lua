@@ -27,16 +27,13 @@ local now = math.floor(micros() / 1000)
 
 -- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers
 -- grow even over a loss of the store, or of a part of it.
+local last
 local function mint()
-  local last = redis.call('HGET', meta, 'last')
-  local number = micros()
-  if last then
-    number = math.max(number, tonumber(last) + 1)
-  else
-    begin_numbers(meta, number)
-  end
-  redis.call('HSET', meta, 'last', whole(number))
-  return whole(number)
+  local clock = micros()
+  last = last or last_number(meta, clock)
+  last = math.max(clock, last + 1)
+  redis.call('HSET', meta, 'last', whole(last))
+  return whole(last)
 end
 
 local function write_head(head)

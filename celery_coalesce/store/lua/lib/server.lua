@@ -1,8 +1,8 @@
 -- What a server that came back, or took over from another, may have lost.
 --
--- It has all that was told to the server before it up to some moment, and nothing that came later. Each heartbeat marks
--- the last number that was given out. So what is missing of the runs up to that mark has ended; and what was given out
--- between the mark and the moment at which another server was noticed, may have been lost: that is a gap.
+-- It has all that was told to the server before it up to some moment, and nothing that came later. So before it gives
+-- out a number of its own, the last one that it has is where a gap begins, and its clock is where that ends: what was
+-- given out in between may be lost, and all that was given out before is either there, or has ended.
 
 local MOST_GAPS = 20
 
@@ -12,39 +12,36 @@ local function server_id()
   return type(info) == 'string' and info:match('run_id:(%w+)') or ''
 end
 
--- Starts a namespace, or one that has lost its numbers: whatever was given out before may be lost.
-local function begin_numbers(meta, number)
-  redis.call('HSET', meta, 'server', server_id(), 'gaps', cmsgpack.pack({{0, number}}))
+-- The gaps, as pairs of numbers. Before they were written down, all that was given out before `since` was in one.
+local function gaps_of(meta)
+  local stored = redis.call('HMGET', meta, 'gaps', 'since')
+  return stored[1] and cmsgpack.unpack(stored[1]) or {{0, tonumber(stored[2] or '0')}}
 end
 
--- The gaps, as pairs of numbers, once another server than the last one has been noticed; `clock` is in microseconds.
-local function gaps_of(meta, clock)
-  local stored = redis.call('HMGET', meta, 'server', 'mark', 'gaps', 'since')
-  -- Before there were marks, all that was given out before a number counted as lost.
-  local gaps = stored[3] and cmsgpack.unpack(stored[3]) or {{0, tonumber(stored[4] or clock)}}
-  local server = server_id()
-  if stored[1] ~= server then
-    gaps[#gaps + 1] = {tonumber(stored[2] or '0'), clock}
-    if #gaps > MOST_GAPS then
-      gaps[2][1] = gaps[1][1]
-      table.remove(gaps, 1)
-    end
-    redis.call('HSET', meta, 'server', server, 'gaps', cmsgpack.pack(gaps))
+local function add_gap(meta, server, last, clock)
+  local gaps = gaps_of(meta)
+  gaps[#gaps + 1] = {last, clock}
+  if #gaps > MOST_GAPS then
+    gaps[2][1] = gaps[1][1]
+    table.remove(gaps, 1)
   end
-  return gaps
+  redis.call('HSET', meta, 'server', server, 'gaps', cmsgpack.pack(gaps))
 end
 
--- Marks the numbers that were given out so far: this server has them.
-local function mark_numbers(meta, clock)
-  gaps_of(meta, clock)
-  local last = redis.call('HGET', meta, 'last')
-  if last then redis.call('HSET', meta, 'mark', last) end
+-- The last number that was given out, 0 if there was none or it was lost, once a server other than the one that gave it
+-- has been noticed; `clock` is in microseconds.
+local function last_number(meta, clock)
+  local stored = redis.call('HMGET', meta, 'last', 'server')
+  local server, last = server_id(), tonumber(stored[1] or '0')
+  if stored[2] ~= server then add_gap(meta, server, last, clock) end
+  return last
 end
 
 local function may_be_lost(meta, number, clock)
-  for _, gap in ipairs(gaps_of(meta, clock)) do
+  -- Given out by another server, while this one did not know of it.
+  if number > last_number(meta, clock) then return true end
+  for _, gap in ipairs(gaps_of(meta)) do
     if gap[1] < number and number < gap[2] then return true end
   end
-  -- Given out by another server, while this one did not know of it.
-  return number > tonumber(redis.call('HGET', meta, 'last') or '0')
+  return false
 end
