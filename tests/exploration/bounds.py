@@ -53,6 +53,9 @@ BOUNDED = {
     "serialize, three producers": Setup({"coalesce": "serialize"}, producers=(1, 1, 1)),
     "skip": Setup({"coalesce": "skip"}, faults=1, kinds=PARTS),
     "limit of two": Setup({"limit": 2}, faults=1, kinds=DEATHS),
+    "limit of two, a publish fails": Setup(
+        {"limit": 2}, workers=1, faults=2, kinds=("publish fails", "reply lost", "producer dies")
+    ),
     "late acknowledgement": Setup({"acks_late": True}, faults=1, kinds=PARTS),
     "followers": Setup(faults=1, kinds=DEATHS, follows=True),
     "retry": Setup(faults=1, kinds=DEATHS, ends=("retry", "")),

@@ -110,6 +110,13 @@ MUTATIONS = (
         ONE_WORKER,
     ),
     Mutation(
+        "a session that ends with a run that is taken back has no drain",
+        "return {'ended', sent, put_aside(head)}",
+        "return {'ended', sent, ''}",
+        "G4: sessions",
+        with_one("publish fails", options={"limit": 2}),
+    ),
+    Mutation(
         "a publish that failed takes the triggers with it that have joined",
         "run.triggers == asked.triggers and run.followers == asked.followers",
         "true",
