@@ -86,7 +86,8 @@ def test_no_worker_tells_a_password(
     locked: RedisServer, state_server: ValkeyServer, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:
     """Not when it starts, nor when the server is away, nor when it is back."""
-    app = make_app(conf={"coalesce_redis_url": locked.url(), "coalesce_lease": 2})
+    settings = {"coalesce_redis_url": locked.url(), "coalesce_lease": 2, "coalesce_redispatch_after": 2}
+    app = make_app(conf=settings)
     worker = make_worker(app)
     app.tasks["queue"].delay(journal.key("k"), 1).get(timeout=20)
     locked.pause()
