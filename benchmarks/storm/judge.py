@@ -123,10 +123,10 @@ class Storm:
         for end in self.of["end"]:
             bodies[end["run"], end["token"]].until = end["at"]
         for lost in self.of["lost"]:
-            # Whoever found it has taken the run over, with a token of its own.
+            # Whoever found it has the run dispatched again, or has taken it over, with a token of its own.
             for start in self.starts[lost["run"]]:
                 body = bodies[start["run"], start["token"]]
-                if start["token"] < lost["token"]:
+                if start["token"] <= lost["token"]:
                     body.until, body.was_lost = min(body.until, lost["at"]), True
         troubles = Lists()
         for kill in self.of["killed"]:

@@ -219,6 +219,17 @@ class TestDrain:
         forger.add(5.1, "killed", pids=[1])
         assert forger.verdict() == []
 
+    def test_what_a_body_does_after_its_lease_was_lost_is_not_the_sessions(self, forger: Forger) -> None:
+        """It stood still, its run was run again, and the session is over when it goes on."""
+        about = {"task": "late", "key": "k", "run": 1, "session": 1}
+        forger.run(1, 2, None, ["a"], task="late")
+        forger.add(8, "lost", token=10, **about)
+        forger.run(1, 9, 10, ["a"], task="late", token=11, pid=2)
+        forger.drain(11, task="late")
+        forger.add(12, "end", token=10, how="returned", **about)
+        forger.add(12, "away", pids=[1], since=2.5)
+        assert forger.verdict() == []
+
 
 class TestOrder:
     def test_a_run_that_overtakes(self, forger: Forger) -> None:
