@@ -29,8 +29,8 @@ ROUNDS = 10
 SLICE = 1000
 #: What a namespace holds when no key is busy.
 ALLOWED = {"{coalesce}:meta", "{coalesce}:history", "{coalesce}:presence"}
-#: Bytes by which memory may differ between two measurements of the same: of the store; and of a process, whose allocator
-#: comes to its size in the course of some ten thousand runs.
+#: Bytes by which memory may differ between two measurements of the same: of the store; and of a process, whose
+#: allocator comes to its size in the course of some ten thousand runs.
 STORE_NOISE, PROCESS_NOISE = 500_000, 5_000_000
 
 app = Celery("leaks", broker=os.environ.get(BROKER))
