@@ -127,6 +127,8 @@ class TestTerminatedChild:
         task = short.tasks[name]
         first = task.delay(journal.key(), 1, gate="a")
         pid = journal.wait("start", timeout=20)["pid"]
+        # Within the body, which tells of its end: at the gate.
+        wait_until(lambda: any(each["cmd"] == "blpop" for each in journal.client.client_list()), 20)
         second = task.delay(journal.key(), 2)
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not psutil.pid_exists(pid), 20)
