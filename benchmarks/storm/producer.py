@@ -45,33 +45,33 @@ class Producer:
     def plain(self) -> None:
         """Call a task."""
         task = self.task()
-        self.called([task], lambda key, call: [task.delay(key, [call])])
+        self.called(task, lambda key, call: task.delay(key, [call]))
 
     def with_callback(self) -> None:
         """Call a task by a task id of its own, and have its value."""
         task = self.task()
         self.called(
-            [task],
-            lambda key, call: [task.apply_async((key, [call]), task_id=uuid(), link=called_back.s(call))],
+            task,
+            lambda key, call: task.apply_async((key, [call]), task_id=uuid(), link=called_back.s(call)),
             callback=True,
         )
 
     def later(self) -> None:
         """Call a task that is to run in a moment. Not one whose order would say nothing then."""
         task = self.task(but="ordered")
-        self.called([task], lambda key, call: [task.apply_async((key, [call]), countdown=self.choice.random())])
+        self.called(task, lambda key, call: task.apply_async((key, [call]), countdown=self.choice.random()))
 
     def regretted(self) -> None:
         """Call a task, and revoke the call."""
         task = TASKS["merged"]
 
-        def call_and_revoke(key: str, call: str) -> list[Any]:
+        def call_and_revoke(key: str, call: str) -> Any:
             result = task.delay(key, [call])
             log.write("revoke", call=call, task_id=result.id)
             result.revoke()
-            return [result]
+            return result
 
-        self.called([task], call_and_revoke)
+        self.called(task, call_and_revoke)
 
     def batch(self) -> None:
         """Make many calls at once, some of one key."""
@@ -81,11 +81,11 @@ class Producer:
             log.write("call", call=call, task=task.name, key=key)
         self.answered([call for _, (call,) in calls], lambda: task.batch_delay(calls))
 
-    def called(self, tasks: list[Any], make: Any, **fields: Any) -> None:
+    def called(self, task: Any, make: Any, **fields: Any) -> None:
         """Write down a call, make it, and write down what became of it."""
         key, call = self.key(), self.call()
-        log.write("call", call=call, task=tasks[0].name, key=key, **fields)
-        self.answered([call], lambda: make(key, call))
+        log.write("call", call=call, task=task.name, key=key, **fields)
+        self.answered([call], lambda: [make(key, call)])
 
     def answered(self, calls: list[str], make: Any) -> None:
         """Make calls and write down what became of them."""

@@ -128,14 +128,13 @@ class World:
         producer.generation += 1
         producer.start()
 
-    def messages(self, *queues: str) -> int:
-        """Return how many messages of some queues wait for a worker."""
+    def messages(self, queue: str) -> int:
+        """Return how many messages of a queue wait for a worker."""
         if self.broker is self.store:
             with self.store.client(db=1) as client:
-                return sum(int(client.llen(queue)) for queue in queues)  # type: ignore[arg-type]
+                return int(client.llen(queue))  # type: ignore[arg-type]
         with app.connection_for_write() as connection:
-            channel = connection.default_channel
-            return sum(int(channel.queue_declare(queue, passive=True).message_count) for queue in queues)
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
 
     def purge(self) -> None:
         """Lose every message of a run that waits for a worker."""
