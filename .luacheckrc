@@ -4,7 +4,8 @@ read_globals = { "redis", "KEYS", "ARGV", "cjson", "cmsgpack", "struct", "bit" }
 not_globals = { "debug", "dofile", "io", "loadfile", "module", "os", "package", "print", "require" }
 max_line_length = 120
 
--- A script is sent with its includes put in: what they define at their top is defined in it.
+-- A script is sent with its includes put in: what they define at their top is defined in it, unless they are included
+-- within a function, further in.
 local folder = "celery_coalesce/store/lua/"
 
 local function defined_in(library)
@@ -37,7 +38,8 @@ end
 
 -- No library knows who uses what it defines. All are included in this order.
 local before = {}
-for _, library in ipairs({ "seen", "server", "record", "slots", "note", "accept", "cleared", "stopping" }) do
+for _, library in ipairs({ "seen", "server", "record", "kept", "slots", "constraints", "note", "accept", "flights", "cleared",
+                            "stopping" }) do
   local included = {}
   for _, name in ipairs(before) do included[#included + 1] = name end
   files[folder .. "lib/" .. library .. ".lua"] = { ignore = { "211" }, read_globals = included }

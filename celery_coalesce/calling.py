@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
@@ -30,6 +31,7 @@ from .views import RunMeta
 
 if TYPE_CHECKING:
     from .policy import Policy
+    from .pushing import Pusher
     from .result import CoalescedResult
 
 __all__ = ["Call", "ExemptCall", "make_calls"]
@@ -63,7 +65,7 @@ def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = No
     asked = [call for call in calls if isinstance(call, Call)]
     try:
         try:
-            _accept(asked)
+            _accept(task, asked, producer)
         except BaseException:
             # What was accepted is covered by a run, whatever became of those behind it.
             _publish(task, [call for call in asked if call.sends], asked, producer)
@@ -75,18 +77,35 @@ def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = No
     return [call.result() for call in calls]
 
 
-def _accept(calls: Sequence[Call]) -> None:
+def _accept(task: Any, calls: Sequence[Call], producer: Any) -> None:
     if not calls:
         return
     engine = engine_of(calls[0].app)
+    if engine.pusher is not None and producer is None and engine.pusher.is_free():
+        _make_messages(task, engine.pusher, calls)
     try:
-        for position, reply in accept_all(engine, [call.asking for call in calls]):
+        for position, reply in accept_all(engine, [call.ask() for call in calls]):
             calls[position].take(reply)
     except StoreUnavailable:
         if engine.settings.on_outage is Outage.RAISE:
             raise
         for call in calls:
             call.uncoalesced = call.accepted is None
+
+
+def _make_messages(task: Any, pusher: Pusher, calls: Sequence[Call]) -> None:
+    """Make the messages that are pushed as their calls are accepted: of each key, if it is likely to be idle, one."""
+    first = {call.state: call for call in reversed(calls)}
+    pushing = [call for call in first.values() if call.can_be_pushed and not pusher.was_busy(call.state)]
+    if not pushing:
+        return
+    try:
+        with task.app.producer_or_acquire() as one:
+            for call in pushing:
+                call.make_message(pusher, one)
+    except Exception as error:
+        # The broker is this very server: whoever asks it to accept the call is told what is wrong.
+        logger.debug("No message could be made: %r", error, extra={"action": "not_pushed"})
 
 
 def _publish(task: Any, sending: Sequence[Call | ExemptCall], asked: Iterable[Call], producer: Any) -> None:
@@ -189,7 +208,7 @@ class Call:
         task_id: The id that the caller gave it.
 
     Attributes:
-        asking: Its trigger.
+        state: The key's state id.
         accepted: What became of the trigger, once that is known.
         uncoalesced: Whether it is published without coalescing, because the state server is away.
 
@@ -214,39 +233,40 @@ class Call:
         self._key = key
         self._plain = plain
         self._options = options
-        self.app = task.app
-        self._engine = engine_of(task.app)
-        self._state = state_id(policy.scope, key)
-        self._follows = task_id is not None or is_rpc(self.app) or any(options.get(name) for name in CALLBACKS)
-        self._call = captured(self.app, options)
-        arguments = _dumped(task, arguments, options)
-        serializer = _serializer(task, options)
-        trigger = self._trigger(arguments, task_id or uuid(), serializer)
-        self.asking = Asking(policy, trigger, arguments, serializer)
+        self.app = app = task.app
+        self._engine = engine_of(app)
+        self.state = state_id(policy.scope, key)
+        self._is_rpc = is_rpc(app)
+        self._follows = task_id is not None or self._is_rpc or any(map(options.get, CALLBACKS))
+        self._call = call = captured(app, options)
+        self._arguments = args, kwargs = _dumped(task, arguments, options)
+        self._serializer = serializer = _serializer(task, options)
+        self._task_id = task_id or uuid()
+        follower = follower_of(str(task.name), self._task_id, call) if self._follows else None
+        ignored = options.get("ignore_result")
+        self._stores = not (task.ignore_result if ignored is None else ignored)
+        self._trigger = Trigger(
+            task_id=self._task_id,
+            key=key,
+            args=encode((args, kwargs), serializer),
+            call=encode(call, serializer) if call else b"",
+            follower=encode(follower, serializer) if follower else b"",
+            store=self._stores,
+            times=self._times(),
+            within=self._within(),
+            watch=signals.is_watched(signals.coalesce_trigger, self._engine.producer_bus),
+            needs=policy.needs(args, kwargs) if policy.constraints else (),
+            labels=policy.labels_of(args, kwargs) if policy.labels else {},
+            tick=tick_of(str(task.name), args, kwargs),
+        )
         self.accepted: Accepted | None = None
         self.uncoalesced = False
         self._undone = False
         self._result: CoalescedResult | None = None
 
-    def _trigger(self, arguments: Arguments, task_id: str, serializer: str | None) -> Trigger:
-        args, kwargs = arguments
-        call = self._call
-        follower = follower_of(str(self._task.name), task_id, call) if self._follows else None
-        ignored = self._options.get("ignore_result")
-        return Trigger(
-            task_id=task_id,
-            key=self._key,
-            args=encode((args, kwargs), serializer),
-            call=encode(call, serializer) if call else b"",
-            follower=encode(follower, serializer) if follower else b"",
-            store=not (self._task.ignore_result if ignored is None else ignored),
-            times=self._times(),
-            within=self._within(),
-            watch=signals.is_watched(signals.coalesce_trigger, self._engine.producer_bus),
-            needs=self._policy.needs(args, kwargs),
-            labels=self._policy.labels_of(args, kwargs),
-            tick=tick_of(str(self._task.name), args, kwargs),
-        )
+    def ask(self) -> Asking:
+        """Return its trigger, and what else is known of it."""
+        return Asking(self._policy, self._trigger, self._arguments, self._serializer)
 
     def _times(self) -> dict[str, int]:
         """Return the call's due time and expiry."""
@@ -268,11 +288,35 @@ class Call:
         run = parent.request.__dict__.get(ATTRIBUTE) if parent is not None else None
         return run.lease.run if isinstance(run, Run) else None
 
+    @property
+    def can_be_pushed(self) -> bool:
+        """Whether its message, if it makes one at once, may be pushed by a script: to this broker, and not later."""
+        times = self._trigger.times
+        waits = self._policy.delay is not None or "delay" in times or "due" in times
+        return not (waits or self._is_rpc or "connection" in self._options)
+
+    def make_message(self, pusher: Pusher, producer: Any) -> None:
+        """Have the message made that is pushed if the call is dispatched."""
+
+        def publish(run: str) -> None:
+            options = self._message_options(run, 0)
+            headers = {**options["headers"], "ignore_result": not self._stores}
+            # A result is subscribed to once it is known that this call has one of its own.
+            options |= {"headers": headers, "ignore_result": True, "retry": False}
+            self._plain(task_id=self._task_id, producer=producer, **options)
+
+        self._trigger = replace(self._trigger, push=pusher.made(producer, publish))
+
     def take(self, reply: object) -> None:
         """Take what became of the trigger."""
         if not isinstance(reply, Accepted):
             raise CoalesceError(f"{self._task.name}: the state server gave no answer to a trigger: {reply!r}")
         self.accepted = reply
+        if self._engine.pusher is not None and reply.disposition is not Disposition.DISPATCHED:
+            self._engine.pusher.note(self.state)
+        elif self._trigger.push is not None and reply.delay is None and self._stores:
+            # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
+            self._task.backend.on_task_call(None, reply.task_id)
 
     @property
     def _answer(self) -> Accepted:
@@ -297,7 +341,7 @@ class Call:
         """Whether it needs the broker."""
         if self.accepted is None:
             return self.uncoalesced
-        return self.dispatches or (is_rpc(self.app) and self.accepted.disposition is not Disposition.REJECTED)
+        return self.dispatches or (self._is_rpc and self.accepted.disposition is not Disposition.REJECTED)
 
     def publish(self, producer: Any) -> None:
         """Publish the message of its run; without a message, declare the caller's reply queue as publishing would."""
@@ -307,16 +351,19 @@ class Call:
             self._publish_run(self.accepted, producer)
         else:
             with self.app.producer_or_acquire(producer) as one:
-                self._task.backend.on_task_call(one, self.asking.trigger.task_id)
+                self._task.backend.on_task_call(one, self._task_id)
 
     def _publish_run(self, accepted: Accepted, producer: Any) -> None:
-        header = run_header(self._state, accepted.run, wait=accepted.delay or 0)
-        headers = {**(self._options.get("headers") or {}), HEADER: header}
-        if accepted.delay:
-            headers["eta"] = eta_header(accepted.delay)
+        options = self._message_options(accepted.run, accepted.delay or 0)
+        self._plain(task_id=accepted.task_id, producer=producer, **options)
+
+    def _message_options(self, run: str, delay: int) -> dict[str, Any]:
+        """Return what the message of a run is published with, that waits for some milliseconds."""
+        headers = {**(self._options.get("headers") or {}), HEADER: run_header(self.state, run, wait=delay)}
+        if delay:
+            headers["eta"] = eta_header(delay)
         options = {name: value for name, value in self._options.items() if name not in HELD}
-        own = {"expires": None, "headers": headers, "add_to_parent": False}
-        self._plain(task_id=accepted.task_id, producer=producer, **options, **own)
+        return {**options, "expires": None, "headers": headers, "add_to_parent": False}
 
     def _publish_uncoalesced(self, producer: Any) -> None:
         """Publish without coalescing; the gate admits the message once the state server is back."""
@@ -325,8 +372,7 @@ class Call:
             self._task.name,
             extra={"action": "published_uncoalesced", "task": self._task.name},
         )
-        task_id = self.asking.trigger.task_id
-        result: CoalescedResult = self._plain(task_id=task_id, producer=producer, **self._options)
+        result: CoalescedResult = self._plain(task_id=self._task_id, producer=producer, **self._options)
         self._result = result.described(Disposition.DISPATCHED, self._key)
 
     def take_back(self, covered: Sequence[Call]) -> None:
@@ -340,7 +386,7 @@ class Call:
         """
         joined = [call for call in covered if call._answer.disposition is Disposition.COALESCED]
         run = RunMeta.unstarted(
-            self._policy, self._key, self._answer, triggers=1 + len(joined), labels=self.asking.trigger.labels
+            self._policy, self._key, self._answer, triggers=1 + len(joined), labels=self._trigger.labels
         )
         followers = sum(call._follows for call in joined)
         if take_back(self._engine, run, self._engine.producer_bus, followers=followers):
@@ -352,24 +398,24 @@ class Call:
         accepted = self.accepted
         if accepted is None:
             return
-        publish_all(self._engine, accepted.sent)
+        if accepted.sent:
+            publish_all(self._engine, accepted.sent)
         if self._undone:
             return
-        trigger = self.asking.trigger
-        report(self._engine.producer_bus, self._policy, trigger, accepted, self.asking.arguments)
+        report(self._engine.producer_bus, self._policy, self._trigger, accepted, self._arguments)
         if self._follows and accepted.run_state is RunState.ENDED:
             ending = done_once(self.app, self._policy.task, accepted.task_id)
-            tell_caller(self.app, self._policy.task, trigger.task_id, self._call, ending)
+            tell_caller(self.app, self._policy.task, self._task_id, self._call, ending)
 
     def result(self) -> CoalescedResult:
         """Return the result."""
         if self._result is not None:
             return self._result
-        accepted, trigger = self._answer, self.asking.trigger
+        accepted = self._answer
         covered = accepted.disposition in (Disposition.COALESCED, Disposition.SKIPPED) and not self._follows
-        task_id = accepted.task_id if covered else trigger.task_id
+        task_id = accepted.task_id if covered else self._task_id
         result: CoalescedResult = self._task.AsyncResult(task_id)
-        result.ignored = not trigger.store
+        result.ignored = not self._stores
         result.described(accepted.disposition, self._key, int(accepted.run), accepted.task_id)
         if accepted.disposition is Disposition.REJECTED:
             return result.refused(QueueFull(self._policy.task, self._key, int(accepted.run)))

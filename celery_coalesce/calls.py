@@ -6,6 +6,7 @@ A run's arguments, its call and its followers are kept in Celery's own serialize
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,10 @@ def captured(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_rpc(app: Celery) -> bool:
     """Whether results go to their caller's own queue, where only that caller can read them."""
-    return str(app.conf.result_backend or "").startswith("rpc")
+    backend = app.backend
+    # Celery imports it where it is used. By the backend, and not by its setting, which takes long to look up.
+    module = sys.modules.get("celery.backends.rpc")
+    return module is not None and isinstance(backend, module.RPCBackend)
 
 
 def _plain(value: Any) -> Any:

@@ -77,6 +77,7 @@ class Coalescer:
             except (StoreError, LookupError) as error:
                 extra = {"action": "unreadable_record", "state_id": state}
                 logger.warning("The record %s can not be read: %r", state, error, extra=extra)
+        found.sort(key=lambda run: run.session_id)
         return [run for run in found if wanted <= run.labels.items() and name in (None, run.name)]
 
     def constraints(self) -> list[ConstraintView]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .pushing import Pusher
 from .records import Timing
 from .settings import Settings
 from .signals import EventBus
@@ -29,6 +30,8 @@ class Engine:
     transitions: Transitions
     #: The event bus of a process that is no worker.
     producer_bus: EventBus
+    #: Makes messages for scripts to push; ``None`` where they can not.
+    pusher: Pusher | None = None
     _by_scope: dict[tuple[str, int], list[Policy]] = field(default_factory=dict)
 
     def longest_rest(self, scope: str) -> float:
@@ -71,8 +74,12 @@ def engine_of(app: Celery) -> Engine:
             redispatch=int(settings.redispatch_after * 1000),
             remember=int(2000 * _visibility_timeout(app)),
         )
-        bus = EventBus(app, settings.events and bool(app.conf.task_send_sent_event))
-        engine = Engine(app, settings, Transitions(connect(app, settings), timing), bus)
+        tells = bool(app.conf.task_send_sent_event)
+        store = connect(app, settings)
+        # An event of Celery's own would tell of a message that may not be sent.
+        pusher = Pusher() if store.is_broker and settings.one_trip and not tells else None
+        bus = EventBus(app, settings.events and tells)
+        engine = Engine(app, settings, Transitions(store, timing), bus, pusher)
         app.__dict__[_ATTRIBUTE] = engine
     return engine
 

@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .errors import InvalidKey
@@ -197,25 +198,25 @@ class Names:
     prefix: str
     namespace: str
 
+    @cached_property
+    def _start(self) -> str:
+        return f"{self.prefix}{{{self.namespace}}}:"
+
     def _name(self, *parts: str) -> str:
-        return f"{self.prefix}{{{self.namespace}}}:" + ":".join(parts)
+        return self._start + ":".join(parts)
 
     def record(self, state: str) -> tuple[str, ...]:
         """Return the keys that every transition of a record takes."""
-        own = (self._name("rec", state), self._name("wait", state), self.meta, self.timers, self._name("kept", state))
-        return (*own, self.busy, *self.constraints)
+        start = self._start
+        own = (f"{start}rec:{state}", f"{start}wait:{state}", self.meta, self.timers, f"{start}kept:{state}")
+        return (*own, *self.constraints)
 
-    @property
-    def busy(self) -> str:
-        """Keys with a record, by their session."""
-        return self._name("busy")
-
-    @property
+    @cached_property
     def constraints(self) -> tuple[str, str, str, str]:
         """Constraints: their limits, who holds their slots, who waits in their lines, and when they have rested."""
         return (self._name("limits"), self._name("slots"), self._name("lines"), self._name("resting"))
 
-    @property
+    @cached_property
     def history(self) -> str:
         """What is remembered of each task."""
         return self._name("history")
@@ -224,27 +225,27 @@ class Names:
         """Return the index of the leases that hang from a process."""
         return self._name("held", process)
 
-    @property
+    @cached_property
     def meta(self) -> str:
         """The namespace's numbers."""
         return self._name("meta")
 
-    @property
+    @cached_property
     def timers(self) -> str:
         """Runs by the time at which somebody must look at them."""
         return self._name("timers")
 
-    @property
+    @cached_property
     def presence(self) -> str:
         """Worker processes by the time at which their presence runs out."""
         return self._name("presence")
 
-    @property
+    @cached_property
     def drains(self) -> str:
         """Drains that were recorded and not yet announced."""
         return self._name("drains")
 
-    @property
+    @cached_property
     def seen(self) -> str:
         """Messages without a run that were admitted."""
         return self._name("seen")

@@ -7,7 +7,6 @@ import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from celery.utils import uuid
 
@@ -19,6 +18,7 @@ from .plain import PATIENCE
 from .policy import Policy
 from .records import Accepted, Envelope, Lease, Trigger
 from .states import Answer, Disposition, Mode, Outcome, Overflow, Rule
+from .transitions import new_nonce
 from .views import RunMeta
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Place:
             raise CoalesceError(f"{self._policy.task}: the state server gave no answer to a trigger: {accepted!r}")
         publish_all(self._engine, accepted.sent)
         if accepted.disposition is not Disposition.SKIPPED:
-            self._claim = uuid4().hex[:12]
+            self._claim = new_nonce()
             task = self._policy.task
             self._envelope = Envelope(self.state, accepted.run, accepted.task_id, task, 0, 0, 0, b"", b"")
         return accepted.disposition

@@ -6,8 +6,11 @@ A :class:`Policy` that exists makes sense: whatever does not is refused when the
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from . import options as read
@@ -17,9 +20,14 @@ from .keys import KeyTemplate, Parameters
 from .options import OPTIONS, PER_CALL, Merge, Need
 from .states import Mode, OnError, OnRetry, Overflow, Rule
 
-__all__ = ["Policy"]
+__all__ = ["Policy", "in_ms"]
 
 Text = KeyTemplate | Callable[..., str | None]
+
+
+def in_ms(seconds: float) -> int:
+    """Return seconds as whole milliseconds, no fewer."""
+    return math.ceil(seconds * 1000)
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,28 @@ class Policy:
         """
         made = {name: text.text_or_none(self.task, args, kwargs) for name, text in self.labels.items()}
         return {name: text for name, text in made.items() if text is not None}
+
+    @cached_property
+    def asked(self) -> str:
+        """What every trigger asks for, as the inside of a JSON object; what is usual (lib/accept.lua) is left out."""
+        fields = (
+            ("mode", self.mode.value, Mode.QUEUE.value),
+            ("limit", self.limit, 1),
+            ("max_queued", self.max_queued, 1),
+            ("overflow", self.overflow.value, Overflow.MERGE.value),
+            ("rule", self.rule.value, Rule.LATEST.value),
+            ("cooldown", in_ms(self.cooldown), 0),
+            ("once", bool(self.once), False),
+        )
+        given: dict[str, Any] = {name: value for name, value, usual in fields if value != usual}
+        given |= {"task": self.task, "scope": self.scope}
+        if self.merges and self.delay is not None:
+            given["quiet"] = in_ms(self.delay)
+            if self.max_delay is not None:
+                given["longest"] = in_ms(self.max_delay)
+        if self.mode is Mode.REPLACE and self.grace is not None:
+            given["grace"] = in_ms(self.grace)
+        return json.dumps(given)[1:-1] + ", "
 
     @property
     def whole_task(self) -> bool:

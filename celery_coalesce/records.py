@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from .options import Need
@@ -23,6 +23,7 @@ __all__ = [
     "LostLease",
     "MergeWanted",
     "Overdue",
+    "Push",
     "RolledBack",
     "Sent",
     "Started",
@@ -46,6 +47,17 @@ class Tick:
     lasts: float
     #: What tells it from other ticks; empty: what another beat fires while it is remembered is the same.
     moment: str = ""
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is to be pushed for a run that has no id yet."""
+
+    #: The list.
+    queue: str
+    #: The message, without the run's id between the two.
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class Trigger:
     tick: Tick | None = None
     #: Milliseconds after which a run that was given its slot, and did not start, is given up; ``None``: never.
     patience: int | None = None
+    #: The message, if the script is to push it.
+    push: Push | None = None
 
 
 @dataclass(frozen=True)
@@ -207,9 +221,13 @@ class Lease:
         """The lease's name in its holder's index."""
         return f"{self.state}/{self.run}"
 
-    def as_header(self) -> dict[str, Any]:
-        """Return what the pool child needs, as plain values."""
-        header = asdict(self)
+    def as_header(self, **more: Any) -> dict[str, Any]:
+        """Return what the pool child needs, as plain values.
+
+        Args:
+            more: Fields that only the child's lease has.
+        """
+        header = {**self.__dict__, **more}
         del header["args"]
         return header
 

@@ -43,6 +43,8 @@ def tick_of(task: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tick |
         args: The call's positional arguments.
         kwargs: Its keyword arguments.
     """
+    if not _services:
+        return None
     for service, by in tuple(_services.items()):
         entries = [entry for entry in service.scheduler.schedule.values() if entry.task == task]
         same = [entry for entry in entries if _arguments(entry) == (list(args), dict(kwargs))]

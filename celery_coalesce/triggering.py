@@ -118,7 +118,7 @@ def _chained(
         merged = encode(arguments, each.serializer)
         # The run needs what the arguments need that it will see.
         needs = each.policy.needs(*arguments)
-        chain[position] = (each.policy, replace(each.trigger, args=merged, needs=needs), base)
+        chain[position] = (each.policy, replace(each.trigger, args=merged, needs=needs, push=None), base)
         base = MergeWanted(base.run, base.version + 1, merged)
     return chain
 

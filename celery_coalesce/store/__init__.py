@@ -18,11 +18,11 @@ class Store(Protocol):
 
     names: Names
 
-    def call(self, script: str, keys: Sequence[str], *argv: str | bytes | int) -> list[Any]:
+    def call(self, script: str, keys: Sequence[str], *argv: str | bytes | int) -> Any:
         """Run a transition and return its reply."""
         ...
 
-    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Run transitions, each given as the arguments of :meth:`call`, in their order; yield their replies."""
         ...
 

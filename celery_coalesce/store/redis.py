@@ -22,8 +22,9 @@ from ..settings import Settings
 from . import MOST_AT_ONCE
 from .clients import Client, from_url, is_redis, like_backend, like_broker, shown
 from .refusals import NEWER, OUTAGES, code_of, is_outage
-from .replicas import WAIT_FOR, connected, sent_and_kept
+from .replicas import WAIT_FOR, connected, piped, sent_and_kept
 from .scripts import script
+from .wire import Command, Wire
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -46,7 +47,12 @@ class RedisStore:
         names: The names of everything in Redis.
         address: The server as it may be shown to people.
         replicas: How many replicas must have a change before it counts as made.
+
+    Attributes:
+        is_broker: Whether it is known to be the broker's server, and the same database.
     """
+
+    is_broker = False
 
     def __init__(self, make_client: Callable[[], Client], names: Names, address: str, replicas: int = 0) -> None:
         self.names = names
@@ -54,9 +60,11 @@ class RedisStore:
         self._replicas = replicas
         self._make_client = make_client
         self._client: Client | None = None
+        #: ``None`` of a Cluster, whose client alone knows which node to ask.
+        self._wire: Wire | None = None
         self._lock = threading.Lock()
 
-    def call(self, script_name: str, keys: Sequence[str], *argv: str | bytes | int) -> list[Any]:
+    def call(self, script_name: str, keys: Sequence[str], *argv: str | bytes | int) -> Any:
         """Run a transition and return its reply.
 
         Raises:
@@ -66,25 +74,30 @@ class RedisStore:
         """
         transition = script(script_name)
         with self._errors():
-            run = self._run if not (self._replicas and transition.lasting) else self._run_and_keep
-            try:
-                reply: list[Any] = run("EVALSHA", transition.sha, len(keys), *keys, *argv)
-            except NoScriptError:
-                reply = run("EVAL", transition.text, len(keys), *keys, *argv)
+            run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
+            [reply] = run([("EVALSHA", transition.sha, len(keys), *keys, *argv)])
+            if isinstance(reply, NoScriptError):
+                [reply] = run([("EVAL", transition.text, len(keys), *keys, *argv)])
+            if isinstance(reply, Exception):
+                raise reply
             return reply
 
-    def _run(self, *command: str | bytes | int) -> list[Any]:
-        reply: list[Any] = self._connected().execute_command(*command)
-        return reply
+    def _sent(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the replies to commands, the refusals among them."""
+        client = self._connected()
+        if self._wire is not None:
+            return self._wire.ask(commands)
+        if len(commands) > 1:
+            return piped(client, commands)
+        try:
+            return [client.execute_command(*commands[0])]
+        except ResponseError as refusal:
+            return [refusal]
 
-    def _run_and_keep(self, *command: str | bytes | int) -> list[Any]:
-        reply: list[Any] | Exception = self._sent_and_kept([command])[0]
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    def _sent_and_kept(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        replies, there = sent_and_kept(self._connected(), commands, meta=self.names.meta, replicas=self._replicas)
+    def _sent_and_kept(self, commands: Sequence[Command]) -> list[Any]:
+        client = self._connected()
+        ask = self._wire.ask if self._wire is not None else None
+        replies, there = sent_and_kept(client, commands, meta=self.names.meta, replicas=self._replicas, ask=ask)
         if there < self._replicas and not isinstance(replies[0], Exception):
             raise self._too_few(f"{there} of them had the change within {WAIT_FOR} s")
         return replies
@@ -95,7 +108,7 @@ class RedisStore:
             f"coalesce_wait_replicas={self._replicas!r} asks for: {there}; bring them back, or ask for fewer"
         )
 
-    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+    def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Run transitions in their order, some hundreds to a round trip.
 
         What is sent in one go is sent again as a whole after a broken connection.
@@ -116,7 +129,7 @@ class RedisStore:
         for start in range(0, len(calls), MOST_AT_ONCE):
             yield from self._call_at_once(calls[start : start + MOST_AT_ONCE])
 
-    def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
+    def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         with self._errors():
             commands = []
             sent = set()
@@ -127,14 +140,7 @@ class RedisStore:
                 known = ("EVALSHA", transition.sha) if name in sent else ("EVAL", transition.text)
                 sent.add(name)
                 commands.append((*known, len(keys), *keys, *argv))
-            if self._replicas:
-                replies = self._sent_and_kept(commands)
-            else:
-                pipeline = self._connected().pipeline(transaction=False)
-                for command in commands:
-                    # ClusterPipeline.evalsha (redis-py 6.4-8.1) refuses: it can not know that all keys have one slot.
-                    pipeline.execute_command(*command)
-                replies = pipeline.execute(raise_on_error=False)
+            replies = self._sent_and_kept(commands) if self._replicas else self._sent(commands)
         for reply in replies:
             with self._errors():
                 if isinstance(reply, Exception):
@@ -172,7 +178,7 @@ class RedisStore:
 
     def close(self) -> None:
         """Close the connections of this process."""
-        client, self._client = self._client, None
+        client, self._client, self._wire = self._client, None, None
         if client is not None:
             client.close()
 
@@ -183,6 +189,8 @@ class RedisStore:
                     client = self._make_client()
                     self._inspect(client)
                     self._count_replicas(client)
+                    if not isinstance(client, RedisCluster):
+                        self._wire = Wire(client.connection_pool)
                     self._client = client
         return self._client
 
@@ -258,7 +266,9 @@ def connect(app: Celery, settings: Settings) -> RedisStore:
     if is_redis(broker):
         prefix = str((app.conf.broker_transport_options or {}).get("global_keyprefix", ""))
         names = Names(prefix, settings.namespace)
-        return RedisStore(lambda: like_broker(app), names, shown(broker), settings.wait_replicas)
+        store = RedisStore(lambda: like_broker(app), names, shown(broker), settings.wait_replicas)
+        store.is_broker = True
+        return store
     if isinstance(backend, str) and is_redis(backend):
         options = app.conf.result_backend_transport_options or {}
         prefix = str(options.get("global_keyprefix", ""))

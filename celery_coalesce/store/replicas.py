@@ -7,15 +7,18 @@ write of no consequence goes along: replicas that have it have all that came bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis.cluster import RedisCluster
 from redis.exceptions import ClusterError, MovedError, RedisError
 
 from .clients import Client
+from .wire import Command
 
-__all__ = ["WAIT_FOR", "connected", "sent_and_kept"]
+__all__ = ["WAIT_FOR", "connected", "piped", "sent_and_kept"]
+
+Ask = Callable[[Sequence[Command]], list[Any]]
 
 #: Seconds that replicas are waited for: less than an answer of the server may take. The gate waits as well, so the
 #: worker's event loop may be held up for so long; once, as the heartbeat then finds out when replicas are back.
@@ -31,7 +34,7 @@ def connected(client: Client, key: str) -> int:
 
 
 def sent_and_kept(
-    client: Client, commands: Sequence[tuple[Any, ...]], *, meta: str, replicas: int
+    client: Client, commands: Sequence[Command], *, meta: str, replicas: int, ask: Ask | None
 ) -> tuple[list[Any], int]:
     """Run commands in one round trip, and wait for replicas in the same.
 
@@ -40,6 +43,7 @@ def sent_and_kept(
         commands: Commands, all of whose keys are in one slot.
         meta: A hash in that slot.
         replicas: How many replicas are waited for.
+        ask: Sends commands to the server; ``None`` of a Cluster, where there are several.
 
     Returns:
         The commands' replies, errors among them, and how many replicas have all that was written.
@@ -48,12 +52,12 @@ def sent_and_kept(
         RedisError: The server could not be asked.
     """
     wait = (("HSET", meta, "kept", ""), ("WAIT", replicas, int(WAIT_FOR * 1000)))
-    if not isinstance(client, RedisCluster):
-        return _counted(_piped(client, (*commands, *wait)))
+    if ask is not None:
+        return _counted(ask((*commands, *wait)))
     # RedisCluster's own pipeline has no place for a command without a key, and it has to reach this very node.
     for _ in range(MOST_MOVES):
         try:
-            replies = _piped(_server_of(client, meta), (*commands, *wait))
+            replies = piped(_server_of(client, meta), (*commands, *wait))
         except RedisError:
             # As RedisCluster does with its own commands (redis-py 6.4-8.1): another node may have the slot by now.
             client.nodes_manager.initialize()
@@ -68,9 +72,11 @@ def _server_of(client: Client, key: str) -> Client:
     return client.get_redis_connection(client.get_node_from_key(key))
 
 
-def _piped(client: Client, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+def piped(client: Client, commands: Sequence[Command]) -> list[Any]:
+    """Run commands in one round trip by redis-py's own means; return their replies, the refusals among them."""
     pipeline = client.pipeline(transaction=False)
     for command in commands:
+        # ClusterPipeline.evalsha (redis-py 6.4-8.1) refuses: it can not know that all keys have one slot.
         pipeline.execute_command(*command)
     replies: list[Any] = pipeline.execute(raise_on_error=False)
     return replies

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
 __all__ = ["PASSING", "SCRIPTS", "Script", "script"]
 
-_INCLUDE = re.compile(r"^--# include (\w+)$", re.MULTILINE)
+_INCLUDE = re.compile(r"^( *)--# include (\w+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
+_FUNCTION = re.compile(r"^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
 
 #: What every transition of a record takes first: the record and its waiting runs, the namespace's numbers and timers,
-#: what outlives the record, the index of busy keys, and the constraints.
-RECORD = ("record", "waiting", "meta", "timers", "kept", "busy", "limits", "slots", "lines", "resting")
+#: what outlives the record, and the constraints.
+RECORD = ("record", "waiting", "meta", "timers", "kept", "limits", "slots", "lines", "resting")
 
 #: The name of every transition, with the names of the keys that it takes.
 SCRIPTS: dict[str, tuple[str, ...]] = {
     "trigger": RECORD,
+    "publish": (*RECORD, "queue"),
     "admit": (*RECORD, "seen"),
     "start": (*RECORD, "presence", "held"),
     "check": RECORD,
@@ -44,7 +47,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "bury": ("presence", "held"),
     "hand": ("list",),
     "show": RECORD,
-    "keys": ("busy",),
+    "keys": ("index",),
     "constraints": ("limits", "slots", "lines", "resting"),
     "history": ("history",),
 }
@@ -76,11 +79,24 @@ def _read(*path: str) -> str:
 
 
 def _included(text: str) -> str:
-    return _INCLUDE.sub(lambda found: _included(_read("lib", f"{found.group(1)}.lua")), text)
+    def library(found: re.Match[str]) -> str:
+        return textwrap.indent(_included(_read("lib", f"{found.group(2)}.lua")), found.group(1))
+
+    return _INCLUDE.sub(library, text)
+
+
+def _needed(text: str) -> str:
+    """Leave out functions that nothing calls: to make one takes the server time, for each call of the script."""
+    kept = text
+    # From the last on: a function is called by what comes after it.
+    for function in reversed(list(_FUNCTION.finditer(text))):
+        if not re.search(rf"\b{function.group(1)}\b", kept[function.end() :]):
+            kept = kept[: function.start()] + kept[function.end() :]
+    return kept
 
 
 @cache
 def script(name: str) -> Script:
-    """Return a transition by name, its includes put in."""
-    text = _COMMENT.sub("", _included(_read(f"{name}.lua")))
+    """Return a transition by name, its includes put in, and nothing in it that it does not need."""
+    text = _needed(_COMMENT.sub("", _included(_read(f"{name}.lua"))))
     return Script(name, SCRIPTS[name], text, name not in PASSING)

@@ -7,6 +7,7 @@ sweep.
 
 from __future__ import annotations
 
+from .base import new_nonce
 from .transitions import Transitions
 
-__all__ = ["Transitions"]
+__all__ = ["Transitions", "new_nonce"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from ..records import Advance, Cleared, Envelope, Lease, Sent, Stop, Timing
 from ..states import Outcome
@@ -16,7 +16,7 @@ __all__ = ["Base", "as_blob", "as_text", "new_nonce"]
 
 def new_nonce() -> str:
     """Return what one call of a transition is known again by."""
-    return uuid4().hex[:12]
+    return token_hex(6)
 
 
 def as_text(value: Any) -> str:
@@ -40,25 +40,34 @@ class Base:
     def __init__(self, store: Store, timing: Timing) -> None:
         self.store = store
         self.timing = timing
+        #: How every question to a record begins.
+        self._asked = f'{{"redispatch": {timing.redispatch}, "soon": {timing.soon}, '
 
     @property
     def _indexes(self) -> tuple[str, ...]:
         names = self.store.names
         return (names.meta, names.presence, names.timers, names.drains)
 
-    def _call(self, script: str, keys: Sequence[str], state: str, asked: Mapping[str, Any], *blobs: bytes) -> list[Any]:
+    def _call(self, script: str, keys: Sequence[str], state: str, asked: Mapping[str, Any], *blobs: bytes) -> Any:
         return self.store.call(script, keys, self._question(state, asked), *blobs)
 
-    def _question(self, state: str, asked: Mapping[str, Any]) -> str:
-        given = {name: value for name, value in asked.items() if value is not None}
-        # The nonce is the call's own: repeated because its reply was lost, the call is known again.
-        common = {"state": state, "nonce": new_nonce(), "redispatch": self.timing.redispatch}
-        return json.dumps({**common, "soon": self.timing.soon, **given})
+    def _question(self, state: str, asked: Mapping[str, Any], declared: str = "") -> str:
+        """Return what a transition is asked for.
 
-    def _record(self, script: str, state: str, run: str, **asked: Any) -> list[Any]:
+        Args:
+            state: The key's state id.
+            asked: What is asked; ``None`` is left out.
+            declared: What else, as the inside of a JSON object.
+        """
+        # The nonce is the call's own: repeated because its reply was lost, the call is known again.
+        given = {"state": state, "nonce": new_nonce()}
+        given.update((name, value) for name, value in asked.items() if value is not None)
+        return self._asked + declared + json.dumps(given)[1:]
+
+    def _record(self, script: str, state: str, run: str, **asked: Any) -> Any:
         return self._call(script, self.store.names.record(state), state, {"run": run, **asked})
 
-    def _plain(self, script: str, keys: Sequence[str], **asked: Any) -> list[Any]:
+    def _plain(self, script: str, keys: Sequence[str], **asked: Any) -> Any:
         given = {name: value for name, value in asked.items() if value is not None}
         return self.store.call(script, keys, json.dumps(given))
 

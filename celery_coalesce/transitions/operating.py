@@ -14,10 +14,6 @@ from .base import Base, as_text
 
 __all__ = ["Operating"]
 
-#: How many keys one look at the index of busy ones returns.
-PAGE = 200
-
-
 class Operating(Base):
     """What is looked at, and what is set, from outside."""
 
@@ -106,16 +102,27 @@ class Operating(Base):
                 )
         return None
 
-    def busy(self) -> Iterator[str]:
-        """Yield the state ids of busy keys, the oldest session first."""
-        after = ""
+    def busy(self) -> set[str]:
+        """Return the state ids of busy keys.
+
+        Each has a run that a clock or a message moves next, one that a process holds, or one in a constraint's line. A
+        key that goes from one to the other while it is looked for may be left out.
+        """
+        names = self.store.names
+        _, _, lines, _ = names.constraints
+        held = map(names.held, self._indexed(names.presence))
+        # The timers once more: what was held, and has come back to them meanwhile.
+        indexes = (names.timers, lines, *held, names.timers)
+        return {ref.split("/")[-2] for index in indexes for ref in self._indexed(index)}
+
+    def _indexed(self, index: str) -> Iterator[str]:
+        cursor = "0"
         while True:
-            _, *found = self._plain("keys", (self.store.names.busy,), after=after, most=PAGE)
-            for state, _ in found:
-                yield as_text(state)
-            if len(found) < PAGE:
+            _, following, *found = self._plain("keys", (index,), cursor=cursor)
+            yield from map(as_text, found)
+            cursor = as_text(following)
+            if cursor == "0":
                 return
-            after = as_text(found[-1][1])
 
     def set_limit(self, name: str, limit: int | None) -> tuple[Sent, ...]:
         """Set how many runs a constraint lets go on at once; ``None`` gives it back to its tasks."""

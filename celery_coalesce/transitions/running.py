@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..keys import constraint_id, state_id
 from ..options import Need
-from ..policy import Policy
+from ..policy import Policy, in_ms
 from ..records import (
     Accepted,
     Ended,
@@ -25,12 +24,19 @@ from ..records import (
     Started,
     Trigger,
 )
-from ..states import Answer, Disposition, Mode, OnRetry, Overflow, Rule, RunState
+from ..states import Answer, Disposition, OnRetry, Overflow, Rule, RunState
 from ..store import MOST_AT_ONCE
 from ..views import RunMeta, begin_drain, pack_drain
 from .base import Base, as_blob, as_text, new_nonce
 
 __all__ = ["Running"]
+
+#: How the answers to a trigger begin that are no disposition.
+_OTHERS = tuple(word.value.encode() for word in (Answer.MERGE, Answer.KNOWN, Answer.GONE))
+_DISPOSITIONS = {word.value: word for word in Disposition}
+_RUN_STATES = {word.value: word for word in RunState}
+
+_NO_BATCH: Mapping[str, Any] = {}
 
 #: A publish that is known to have failed is tried again after this many milliseconds.
 UNPUBLISHED_AGAIN = 60_000
@@ -53,7 +59,8 @@ class Running(Base):
             What became of it; or what a merge function is to be applied to, before the call is made again; or, for a
             message, the run that it was admitted as, or ``None`` if that has ended.
         """
-        return self._accepted(trigger, policy, self.store.call(*self._trigger(policy, trigger, merging, {})))
+        state = state_id(policy.scope, trigger.key)
+        return self._accepted(state, self.store.call(*self._trigger(state, policy, trigger, merging)))
 
     def triggers(
         self, asked: Sequence[tuple[Policy, Trigger, MergeWanted | None]]
@@ -69,6 +76,9 @@ class Running(Base):
         Yields:
             What became of each, in their order.
         """
+        if len(asked) == 1:
+            yield self.trigger(*asked[0])
+            return
         states = [state_id(policy.scope, trigger.key) for policy, trigger, _ in asked]
         many = Counter(states)
         before: dict[str, str] = {}
@@ -80,43 +90,31 @@ class Running(Base):
                 if policy.merges and policy.rule is Rule.MERGE and policy.overflow is Overflow.MERGE:
                     batch["behind"] = before.get(state)
                 before[state] = batch["nonce"]
-            calls.append(self._trigger(policy, trigger, merging, batch))
-        for (policy, trigger, _), reply in zip(asked, self.store.call_many(calls), strict=True):
-            yield self._accepted(trigger, policy, reply)
+            calls.append(self._trigger(state, policy, trigger, merging, batch))
+        for state, reply in zip(states, self.store.call_many(calls), strict=True):
+            yield self._accepted(state, reply)
 
     def _trigger(
-        self, policy: Policy, trigger: Trigger, merging: MergeWanted | None, batch: Mapping[str, Any]
+        self,
+        state: str,
+        policy: Policy,
+        trigger: Trigger,
+        merging: MergeWanted | None,
+        batch: Mapping[str, Any] = _NO_BATCH,
     ) -> tuple[Any, ...]:
         """Return the call of the store that accepts a trigger."""
-        state = state_id(policy.scope, trigger.key)
-        asked: dict[str, Any] = {
-            **batch,
-            "task_id": trigger.task_id,
-            "task": policy.task,
-            "mode": policy.mode.value,
-            "limit": policy.limit,
-            "max_queued": policy.max_queued,
-            "overflow": policy.overflow.value,
-            "rule": policy.rule.value,
-            "scope": policy.scope,
-            "store": trigger.store,
-            **trigger.times,
-            "within": trigger.within,
-            "watch": trigger.watch or None,
-            "cooldown": _ms(policy.cooldown) or None,
-            "once": bool(policy.once) or None,
-            "patience": trigger.patience,
-        }
-        if policy.merges and policy.delay is not None:
-            asked["quiet"] = _ms(policy.delay)
-            asked["longest"] = None if policy.max_delay is None else _ms(policy.max_delay)
-        if policy.mode is Mode.REPLACE and policy.grace is not None:
-            asked["grace"] = _ms(policy.grace)
+        asked: dict[str, Any] = {**batch, "task_id": trigger.task_id, "store": trigger.store, **trigger.times}
+        if trigger.within is not None:
+            asked["within"] = trigger.within
+        if trigger.watch:
+            asked["watch"] = True
+        if trigger.patience is not None:
+            asked["patience"] = trigger.patience
         if trigger.needs:
             asked["needs"] = [_need(need) for need in trigger.needs]
         if trigger.tick is not None:
             tick = trigger.tick
-            asked["tick"] = {"entry": tick.entry, "by": tick.by, "lasts": _ms(tick.lasts), "moment": tick.moment}
+            asked["tick"] = {"entry": tick.entry, "by": tick.by, "lasts": in_ms(tick.lasts), "moment": tick.moment}
         if trigger.labels:
             asked["labels"] = json.dumps(trigger.labels)
         if merging is not None:
@@ -128,27 +126,29 @@ class Running(Base):
             keys = (*keys, self.store.names.seen)
             asked["message"], asked["remember"] = trigger.message, self.timing.remember
         key = trigger.key.encode("utf-8", "surrogatepass")
-        return name, keys, self._question(state, asked), key, trigger.args, trigger.call, trigger.follower
+        blobs: tuple[str | bytes, ...] = (trigger.args, trigger.call, trigger.follower)
+        if trigger.push is not None:
+            name = "publish"
+            keys = (*keys, trigger.push.queue)
+            blobs = (*blobs, trigger.push.before, trigger.push.after)
+        return name, keys, self._question(state, asked, policy.asked), key, *blobs
 
-    def _accepted(
-        self, trigger: Trigger, policy: Policy, reply: Sequence[Any]
-    ) -> Accepted | MergeWanted | Known | None:
-        word = as_text(reply[0])
-        if word == Answer.MERGE:
-            return MergeWanted(as_text(reply[1]), int(reply[2]), as_blob(reply[3]))
-        if word == Answer.KNOWN:
-            return Known(as_text(reply[1]), as_text(reply[2]), int(reply[3]))
-        if word == Answer.GONE:
-            return None
-        delay = int(reply[4])
+    def _accepted(self, state: str, reply: Any) -> Accepted | MergeWanted | Known | None:
+        told, *more = (reply,) if isinstance(reply, bytes) else reply
+        if told in _OTHERS:
+            if told == _OTHERS[0]:
+                return MergeWanted(as_text(more[0]), int(more[1]), as_blob(more[2]))
+            return Known(as_text(more[0]), as_text(more[1]), int(more[2])) if more else None
+        word, run, where, delay, task_id = as_text(told).split(" ", 4)
+        replaced, sent = more or (b"", ())
         return Accepted(
-            disposition=Disposition(word),
-            run=as_text(reply[1]),
-            task_id=as_text(reply[2]),
-            run_state=RunState(as_text(reply[3])),
-            delay=None if delay < 0 else delay,
-            replaced=as_blob(reply[5]),
-            sent=self._sent(state_id(policy.scope, trigger.key), reply[6]),
+            disposition=_DISPOSITIONS[word],
+            run=run,
+            task_id=task_id,
+            run_state=_RUN_STATES[where],
+            delay=None if delay == "-1" else int(delay),
+            replaced=as_blob(replaced),
+            sent=self._sent(state, sent),
         )
 
     def rollback(self, run: RunMeta, *, followers: int = 0, drain: bool = False, announced: bool = True) -> RolledBack:
@@ -233,28 +233,20 @@ class Running(Base):
             return Started(answer, stops=self._stops(reply[1]), sent=self._sent(state, reply[2]))
         if answer not in (Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED):
             return Started(answer)
-        expires = int(reply[6])
+        _, told, *more = reply
+        changed, done, sent = more or (b"", b"", ())
         lease = Lease(
             state=state,
             run=envelope.run,
             task_id=envelope.task_id,
             task=envelope.task,
             attempt=envelope.attempt,
-            token=as_text(reply[1]),
-            session=as_text(reply[2]),
-            index=int(reply[3]),
-            triggers=int(reply[4]),
-            store=as_text(reply[5]) == "1",
-            expires=None if expires < 0 else expires,
-            key=as_text(reply[7]),
-            scope=as_text(reply[8]),
-            mode=as_text(reply[9]),
-            args=as_blob(reply[10]),
-            labels=as_text(reply[11]),
             owner=owner,
             answer=answer.value,
+            args=as_blob(changed),
+            **json.loads(as_text(told)),
         )
-        return Started(answer, lease, done=as_text(reply[12]), sent=self._sent(state, reply[13]))
+        return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))
 
     def check(self, lease: Lease, *, returned: bool = False) -> bool:
         """Return whether a lease still holds; note, if asked to, that the body has returned."""
@@ -310,9 +302,9 @@ class Running(Base):
             asked["outcome"], asked["error"] = ended.outcome and ended.outcome.value, ended.error
             asked["rests"] = ended.rests or None
             if ended.once:
-                asked["once"] = -1 if ended.once is True else _ms(ended.once)
+                asked["once"] = -1 if ended.once is True else in_ms(ended.once)
             if ended.rest:
-                asked["cooldown"], asked["rest"] = _ms(ended.cooldown), _ms(ended.rest)
+                asked["cooldown"], asked["rest"] = in_ms(ended.cooldown), in_ms(ended.rest)
         keys = (*names.record(lease.state), names.held(lease.owner), names.drains, names.history)
         blob = pack_drain(drain) if drain is not None else b""
         reply = self._call("finish", keys, lease.state, asked, blob)
@@ -322,7 +314,7 @@ class Running(Base):
         if answer == Answer.LOST:
             return None
         drained = as_text(reply[1]) == "1"
-        return Finished(self._sent(lease.state, reply[2]), drained, blob if drained else b"")
+        return Finished(self._sent(lease.state, reply[2:]), drained, blob if drained else b"")
 
     def retry(
         self,
@@ -390,8 +382,4 @@ class Running(Base):
 def _need(need: Need) -> dict[str, Any]:
     # The name is shown to people; the id is what counts.
     shown = need.name.encode("utf-8", "replace").decode()
-    return {"id": constraint_id(need.name), "name": shown, "limit": need.limit, "cooldown": _ms(need.cooldown)}
-
-
-def _ms(seconds: float) -> int:
-    return math.ceil(seconds * 1000)
+    return {"id": constraint_id(need.name), "name": shown, "limit": need.limit, "cooldown": in_ms(need.cooldown)}

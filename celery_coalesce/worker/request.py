@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
-from uuid import uuid4
 
 from billiard.einfo import ExceptionInfo
 from celery.signals import task_received
@@ -33,6 +32,7 @@ from ..policy import Policy
 from ..records import Accepted, Envelope, Known, Lease, Trigger
 from ..states import Answer, Disposition, Outcome, RunState
 from ..stopping import stop_runs
+from ..transitions import new_nonce
 from ..triggering import accept, report
 from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
@@ -154,7 +154,7 @@ class CoalescedRequest(ReportingRequest):
         presence = presence_of(self.app)
         revoked = self._would_be_revoked()
         if not self._claim:
-            self._claim, self._asked_at = uuid4().hex[:12], time.monotonic()
+            self._claim, self._asked_at = new_nonce(), time.monotonic()
         started = engine.transitions.start(
             envelope,
             owner=presence.owner,
@@ -192,17 +192,12 @@ class CoalescedRequest(ReportingRequest):
         self._release()
         self._decided = True
         bus = self._bus()
-        self._lease = Lease(
-            **{
-                **lease.__dict__,
-                "hostname": self._hostname,
-                "monitored": bus.enabled,
-                "leased_at": self._asked_at,
-            }
-        )
-        presence_of(self.app).leased(self._lease)
+        self._lease = lease
+        presence_of(self.app).leased(lease)
         request = self._request_dict
-        request[HEADER] = self._lease.as_header()
+        request[HEADER] = lease.as_header(
+            hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at
+        )
         request["ignore_result"] = self._ignore_result = not lease.store
         if lease.expires is not None:
             request["expires"] = datetime.fromtimestamp(lease.expires / 1000, timezone.utc).isoformat()

@@ -46,12 +46,11 @@ class ClockedStore(RedisStore):
         self._test_client.hset(self._name, mapping=fields)  # type: ignore[arg-type]
         self._test_client.expire(self._name, 600)
 
-    def call(self, script_name: str, keys: Sequence[str], *argv: str | bytes | int) -> list[Any]:
+    def call(self, script_name: str, keys: Sequence[str], *argv: str | bytes | int) -> Any:
         """Run a transition at the clock's time."""
         if script_name not in self._texts:
             asked = f"redis.call('HMGET', '{self._name}', 's', 'us')"
             text = script(script_name).text.replace(TIME, asked)
             self._texts[script_name] = text if self.expires else re.sub("'PEXPIRE(AT)?'", "'TOUCH'", text)
         with self._errors():
-            reply: Any = self._test_client.eval(self._texts[script_name], len(keys), *keys, *argv)  # type: ignore[arg-type]
-            return list(reply)
+            return self._test_client.eval(self._texts[script_name], len(keys), *keys, *argv)  # type: ignore[arg-type]

@@ -221,7 +221,7 @@ def test_a_run_and_its_follow_up(
         second = queue.delay(journal.key(), 2)
         assert queue.delay(journal.key(), 3).run_task_id == second.id
         assert {name.split(":")[0] for name in place.names()} == {
-            "rec", "wait", "held", "presence", "meta", "busy",
+            "rec", "wait", "held", "presence", "meta",
         }  # fmt: skip
 
         journal.open("g")

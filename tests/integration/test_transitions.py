@@ -51,7 +51,7 @@ class TestTrigger:
         lease = drive.run(accepted)
         assert drive.timer(accepted.run) is None
         assert drive.shown()[accepted.run]["state"] == "running"
-        assert drive.keys() == sorted(["busy", "held:w/1/a", "meta", "presence", f"rec:{drive.state()}"])
+        assert drive.keys() == sorted(["held:w/1/a", "meta", "presence", f"rec:{drive.state()}"])
 
         ended = drive.finish(lease)
         assert ended.sent == ()

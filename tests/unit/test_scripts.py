@@ -47,7 +47,7 @@ def test_every_library_file_is_included() -> None:
     """Nothing lies about unused."""
     included = set()
     for path in (*FILES, *LIBRARY):
-        included |= set(re.findall(r"^--# include (\w+)$", path.read_text("utf-8"), re.MULTILINE))
+        included |= set(re.findall(r"^ *--# include (\w+)$", path.read_text("utf-8"), re.MULTILINE))
     assert included == {path.stem for path in LIBRARY}
 
 

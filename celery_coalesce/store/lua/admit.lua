@@ -1,6 +1,6 @@
 -- Accepts a message that carries no run, or one whose record was lost.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, seen
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, seen
 -- ARGV: asked (as for trigger, with message (the message's id) and remember (ms)), key, args, call, follower
 -- Returns: as trigger; or known, run, task id, attempt (it was admitted before); or gone (it was, and its run ended)
 -- Transition: as trigger
@@ -13,17 +13,17 @@
 local function admit()
   local head = read_head()
   local again = head and repeated(head)
-  if again then return again end
+  if again then return told(again) end
   local known = redis.call('HGET', rec, 'msg:' .. asked.message)
   local run = known and read_run(known)
   if run then return {'known', run.id, run.task_id, run.attempt} end
-  local seen = KEYS[11]
+  local seen = KEYS[10]
   if was_seen(seen, asked.message, now) then return {'gone'} end
   local answer = accept()
-  if answer[1] == 'merge' or answer[1] == 'rejected' then return answer end
+  if answer[1] == 'merge' or answer[1] == 'rejected' then return told(answer) end
   run = read_run(answer[2])
   -- Done once: there is no run.
-  if not run then return answer end
+  if not run then return told(answer) end
   run.received = true
   if run.task_id == asked.task_id then
     run.message = asked.message
@@ -31,7 +31,7 @@ local function admit()
   end
   write_run(run)
   remember(seen, asked.message, now, asked.remember)
-  return answer
+  return told(answer)
 end
 
 return admit()

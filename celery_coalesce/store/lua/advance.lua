@@ -1,6 +1,6 @@
 -- Lets a key's waiting runs have what somebody of another key gave way.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, nonce, redispatch, soon)
 -- Returns: dispatched, what is to be sent
 -- Transition: pending and due -> dispatched

@@ -1,6 +1,6 @@
 -- Carries the triggers that had joined a revoked run over to a new run of the key.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, nonce, run, task_id, new_task_id, redispatch, soon), call (without the revoked caller's own
 --   callbacks)
 -- Returns: dispatched, what is to be sent; or gone
@@ -18,7 +18,8 @@ local function carry()
   end
   if old.task_id ~= asked.task_id or old.state == 'running' or old.state == 'cleared' then return {'gone'} end
   release(head, old, false)
-  local run = cmsgpack.unpack(cmsgpack.pack(old))
+  local run = unpacked(cmsgpack.pack(old))
+  run.seq = acceptance(old)
   run.id, run.task_id, run.message = mint(), asked.new_task_id, nil
   run.triggers = math.max(old.triggers - 1, 1)
   run.state, run.losses, run.unpublished, run.unsent, run.message_at = 'pending', 0, nil, nil, nil

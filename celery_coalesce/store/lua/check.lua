@@ -1,6 +1,6 @@
 -- Asks whether a lease still holds, and whether a newer trigger waits; marks that the body has returned.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, run, token, returned, after)
 -- Returns: running, 1 if superseded, and, asked for with after, followers from there on; or lost
 -- Transition: running -> running
@@ -21,7 +21,7 @@ end
 local answer = {'running', superseded}
 if asked.after then
   for number = run.told + asked.after + 1, math.min(run.followers, run.told + asked.after + 100) do
-    answer[#answer + 1] = redis.call('HGET', rec, 'fol:' .. run.box .. ':' .. number)
+    answer[#answer + 1] = redis.call('HGET', rec, 'fol:' .. acceptance(run) .. ':' .. number)
   end
 end
 return answer

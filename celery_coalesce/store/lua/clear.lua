@@ -1,6 +1,6 @@
 -- Takes what has not started out of the queue, a page at a time. A run in progress keeps its slots.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, cursor, bound, task ('' for all), lease, redispatch, soon, outcome, why, forget (what was
 --   done once is to be done again) and, if a run asks, run and token)
 -- Returns: lost; or cleared, next cursor, bound, how many, what is to be sent, and what tells the callers of those
@@ -11,7 +11,7 @@
 --# include slots
 --# include cleared
 
-local PAGE = 500
+local PAGE = 100
 
 local function forget_done()
   if not asked.forget then return end
@@ -19,7 +19,7 @@ local function forget_done()
     local task = field:match('^once:(.*)$')
     if task and (asked.task == '' or task == asked.task) then redis.call('HDEL', kept, field) end
   end
-  if redis.call('EXISTS', kept) == 1 then expire_kept() end
+  if redis.call('EXISTS', kept) == 1 then outliving().expire() end
 end
 
 local function clear()
@@ -34,7 +34,7 @@ local function clear()
   local page = redis.call('HSCAN', rec, asked.cursor, 'MATCH', 'run:*', 'COUNT', PAGE)
   local count, cleared = 0, {}
   for position = 2, #page[2], 2 do
-    local run = cmsgpack.unpack(page[2][position])
+    local run = unpacked(page[2][position])
     local unstarted = run.state == 'pending' or run.state == 'dispatched'
     if unstarted and (asked.task == '' or run.task == asked.task) and tonumber(run.id) <= tonumber(bound) then
       count = count + 1

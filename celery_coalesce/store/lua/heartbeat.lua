@@ -17,7 +17,7 @@ end
 local beat = tonumber(redis.call('HGET', KEYS[1], 'beat') or now)
 if now - beat > asked.lease then redis.call('HSET', KEYS[1], 'grace', whole(now + asked.lease)) end
 redis.call('HSET', KEYS[1], 'beat', whole(now))
-redis.call('ZADD', KEYS[2], whole(now + asked.lease), asked.owner)
+redis.call('ZADD', KEYS[2], now + asked.lease, asked.owner)
 
 local next_at = math.huge
 for position = 2, 4 do

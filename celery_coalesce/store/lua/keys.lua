@@ -1,15 +1,13 @@
--- Reads which keys are busy, the oldest session first.
+-- Reads which runs are in one of the indexes that every busy key has a run in, a page at a time.
 --
--- KEYS: busy
--- ARGV: asked (JSON: after (a session, or ''), most)
--- Returns: keys, and of each: state id, session
+-- KEYS: index
+-- ARGV: asked (JSON: cursor)
+-- Returns: keys, next cursor, and names of runs
 -- Transition: none
 -- Order: nothing is written.
 local asked = cjson.decode(ARGV[1])
-local from = asked.after == '' and '-inf' or '(' .. asked.after
-local found = redis.call('ZRANGEBYSCORE', KEYS[1], from, '+inf', 'WITHSCORES', 'LIMIT', 0, asked.most)
-local reply = {'keys'}
-for position = 1, #found, 2 do
-  reply[#reply + 1] = {found[position], string.format('%.0f', found[position + 1])}
-end
+local timed = redis.call('TYPE', KEYS[1]).ok == 'zset'
+local page = redis.call(timed and 'ZSCAN' or 'SSCAN', KEYS[1], asked.cursor, 'COUNT', 100)
+local reply = {'keys', page[1]}
+for position = 1, #page[2], timed and 2 or 1 do reply[#reply + 1] = page[2][position] end
 return reply

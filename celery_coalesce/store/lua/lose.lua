@@ -1,6 +1,6 @@
 -- Takes a lease from a process whose presence ran out.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, presence,
 --   held of the dead, held of the sweeper
 -- ARGV: asked (JSON: state, nonce, run, owner, sweeper, lease, redispatch)
 -- Returns: dispatched, envelopes to publish, and the lost lease's: token, session, index, attempt, triggers, key,
@@ -29,11 +29,11 @@ local function lose()
     if run.state == 'dispatched' then return {'dispatched', {envelope(run)}, unpack(run.lost)} end
     if run.owner == asked.sweeper then return {'lost', {}, unpack(lost_to_sweeper(head, run))} end
   end
-  local expiry = redis.call('ZSCORE', KEYS[11], asked.owner)
+  local expiry = redis.call('ZSCORE', KEYS[10], asked.owner)
   if expiry and tonumber(expiry) > now then return {'alive'} end
   if tonumber(redis.call('HGET', meta, 'grace') or '0') > now then return {'grace'} end
   if not run or run.state ~= 'running' or run.owner ~= asked.owner then
-    redis.call('SREM', KEYS[12], asked.state .. '/' .. asked.run)
+    redis.call('SREM', KEYS[11], asked.state .. '/' .. asked.run)
     return {'gone'}
   end
   if run.late and not run.ending then
@@ -43,15 +43,15 @@ local function lose()
     run.lost_of, run.lost = asked.owner .. asked.nonce, lost
     set_timer(run, now + asked.redispatch)
     write_run(run)
-    redis.call('SREM', KEYS[12], ref(run))
+    redis.call('SREM', KEYS[11], ref(run))
     return {'dispatched', {envelope(run)}, unpack(lost)}
   end
   run.owner, run.token, run.claim, run.returned = asked.sweeper, mint(), nil, true
   run.lost_of = asked.owner .. asked.nonce
-  redis.call('SADD', KEYS[13], ref(run))
-  redis.call('ZADD', KEYS[11], whole(now + asked.lease), asked.sweeper)
+  redis.call('SADD', KEYS[12], ref(run))
+  redis.call('ZADD', KEYS[10], now + asked.lease, asked.sweeper)
   write_run(run)
-  redis.call('SREM', KEYS[12], ref(run))
+  redis.call('SREM', KEYS[11], ref(run))
   return {'lost', {}, unpack(lost_to_sweeper(head, run))}
 end
 

@@ -1,6 +1,6 @@
 -- Waits for the message that the broker gives back.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, held
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, held
 -- ARGV: asked (JSON: state, run, token, redispatch)
 -- Returns: dispatched, envelopes (for whoever does not trust the broker to give it back); or lost
 -- Transition: running -> dispatched
@@ -15,5 +15,5 @@ run.state, run.token, run.owner, run.claim, run.losses, run.again = 'dispatched'
 run.returned = nil
 set_timer(run, now + asked.redispatch)
 write_run(run)
-redis.call('SREM', KEYS[11], ref(run))
+redis.call('SREM', KEYS[10], ref(run))
 return {'dispatched', {envelope(run)}}

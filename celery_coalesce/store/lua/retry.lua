@@ -1,6 +1,6 @@
 -- Keeps the run for its next attempt, or for the task of the same key that replaces it.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, held
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, held
 -- ARGV: asked (JSON: state, run, token, task, redispatch, soon, on_retry and delay or due), args,
 --   call
 -- Returns: retrying, what is to be sent; or lost
@@ -33,7 +33,7 @@ local function retry()
     write_run(run)
     advance(head)
     note_sent(head, asked.token)
-    redis.call('SREM', KEYS[11], ref(run))
+    redis.call('SREM', KEYS[10], ref(run))
     return {'retrying', sent}
   end
   run.due = asked.delay and now + asked.delay or asked.due or now
@@ -66,7 +66,7 @@ local function retry()
   write_run(run)
   if run.state == 'pending' then advance(head) end
   note_sent(head, asked.token)
-  redis.call('SREM', KEYS[11], ref(run))
+  redis.call('SREM', KEYS[10], ref(run))
   return {'retrying', sent}
 end
 

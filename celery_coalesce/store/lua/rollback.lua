@@ -1,6 +1,6 @@
 -- Takes back a dispatch whose publish failed, unless others have joined the run since.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, drains
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, drains
 -- ARGV: asked (JSON: state, nonce, run, task_id, redispatch, soon, again, triggers, followers (how many of each
 --   are the caller's own), announce_in (ms)), drain (what it is announced with, but for its end, which only the record
 --   knows)
@@ -15,7 +15,7 @@
 local function put_aside(head)
   local known = string.format(', "session_id": %s, "run_index": %d}', head.session, head.index - 1)
   local drain = ARGV[2] .. known
-  redis.call('ZADD', KEYS[11], whole(now + asked.announce_in), drain)
+  redis.call('ZADD', KEYS[10], now + asked.announce_in, drain)
   return drain
 end
 
@@ -30,8 +30,8 @@ local function rollback()
     return {'gone'}
   end
   if run.triggers == asked.triggers and run.followers == asked.followers and not run.joined then
-    for n = 1, run.followers do redis.call('HDEL', rec, 'fol:' .. run.box .. ':' .. n) end
-    forget_ticks(run)
+    for n = 1, run.followers do redis.call('HDEL', rec, 'fol:' .. acceptance(run) .. ':' .. n) end
+    outliving().forget_ticks(run)
     local drained = forget(head, run, false)
     if not drained then
       note_sent(head, asked.nonce)

@@ -1,6 +1,6 @@
 -- Reads a record.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state)
 -- Returns: idle; or record, key, JSON of the head and of its runs
 -- Transition: none
@@ -11,6 +11,13 @@ if not head then return {'idle'} end
 local fields = redis.call('HGETALL', rec)
 local runs = {}
 for position = 1, #fields, 2 do
-  if fields[position]:sub(1, 4) == 'run:' then runs[#runs + 1] = cmsgpack.unpack(fields[position + 1]) end
+  if fields[position]:sub(1, 4) == 'run:' then
+    local run = cmsgpack.unpack(fields[position + 1])
+    for name, value in pairs(USUAL.__index) do
+      if run[name] == nil then run[name] = value end
+    end
+    run.seq = acceptance(run)
+    runs[#runs + 1] = run
+  end
 end
 return {'record', redis.call('HGET', rec, 'key'), cjson.encode({head = head, runs = runs, now = now})}

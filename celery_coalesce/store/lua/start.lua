@@ -1,13 +1,13 @@
 -- Gives a run its lease, or says why not.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting, presence,
---   held
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, presence, held
 -- ARGV: asked (JSON: state, nonce, run, task_id, task, attempt, version, claim, owner, late, lease, revoked,
 --   redispatch, soon)
--- Returns: running | expired | revoked | skipped, token, session, index, triggers, store, expiry in ms, key, scope,
---   mode (skip if its task is ever called so), changed args, labels, task id of the run that was done once, what is to
---   be sent; early, ms, what is to be sent; pending, what is to be sent; carry, call; stop, process and task id and run
---   of each that is to stop, what is to be sent; or duplicate, gone, unknown
+-- Returns: running | expired | revoked | skipped, JSON of the lease (token, session, index, triggers, store, expires in
+--   ms, key, scope, mode (skip if its task is ever called so), labels) and, if there is any of it, changed args, task
+--   id of the run that was done once, what is to be sent; early, ms, what is to be sent; pending, what is to be sent;
+--   carry, call; stop, process and task id and run of each that is to stop, what is to be sent; or duplicate, gone,
+--   unknown
 -- Transition: dispatched | retrying | pending and due -> running
 -- Order: the holder's index before the run, so that a running run is always found from its dead holder.
 --# include record
@@ -19,10 +19,15 @@ local function leased(head, run)
   local mode = redis.call('HEXISTS', meta, 'skips:' .. run.task) == 1 and 'skip' or run.mode
   -- An older message may have come first: its arguments are not those that were merged since.
   local changed = run.version ~= asked.version and redis.call('HGET', rec, 'args:' .. run.id) or ''
-  local done = run.ending == 'skipped' and done_once(run.task)
-  return {run.ending or 'running', run.token, head.session, run.index, run.triggers, run.store and '1' or '0',
-          run.expires or -1, redis.call('HGET', rec, 'key'), head.scope, mode, changed, run.labels or '',
-          done and done.task_id or '', sent}
+  local done = run.ending == 'skipped' and outliving().done_once(run.task)
+  local lease = cjson.encode({token = run.token, session = head.session, index = run.index, triggers = run.triggers,
+                              store = run.store, expires = run.expires, key = redis.call('HGET', rec, 'key'),
+                              scope = head.scope, mode = mode, labels = run.labels})
+  local answer = {run.ending or 'running', lease}
+  if changed ~= '' or done or #sent > 0 then
+    answer[3], answer[4], answer[5] = changed, done and done.task_id or '', sent
+  end
+  return answer
 end
 
 -- Not now. A message whose time is near is kept by its worker; another is of no use.
@@ -37,7 +42,7 @@ end
 local function start()
   local head = read_head()
   local run = head and read_run(asked.run)
-  if not run then return {may_be_lost(meta, tonumber(asked.run), micros()) and 'unknown' or 'gone'} end
+  if not run then return {may_be_lost(meta, tonumber(asked.run), clock) and 'unknown' or 'gone'} end
   if run.task_id ~= asked.task_id or run.task ~= asked.task then return {'unknown'} end
   if run.state == 'cleared' then return {'gone'} end
   if run.state == 'running' then
@@ -77,8 +82,8 @@ local function start()
     end
     redis.call('ZREM', wait, run.id)
   end
-  redis.call('SADD', KEYS[12], ref(run))
-  redis.call('ZADD', KEYS[11], whole(now + asked.lease), asked.owner)
+  redis.call('SADD', KEYS[11], ref(run))
+  redis.call('ZADD', KEYS[10], now + asked.lease, asked.owner)
   clear_timer(run)
   close(head, run)
   if not run.index then
@@ -86,7 +91,7 @@ local function start()
     head.index = head.index + 1
   end
   run.ending = asked.revoked and 'revoked' or (run.expires and run.expires <= now and 'expired')
-    or (run.once and done_once(run.task) and 'skipped') or nil
+    or (run.once and outliving().done_once(run.task) and 'skipped') or nil
   run.state, run.token, run.owner, run.claim, run.late = 'running', mint(), asked.owner, asked.claim, asked.late
   run.returned, run.unpublished, run.losses, run.message_at, run.unsent = nil, nil, 0, nil, nil
   write_run(run)

@@ -1,6 +1,6 @@
 -- Notes that a run's message is known not to have been published.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, run, again)
 -- Returns: unpublished, or gone
 -- Transition: dispatched | retrying | pending -> the same, to be published again

@@ -1,6 +1,6 @@
 -- Moves on a run whose timer is over.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, nonce, run, redispatch, soon, lease)
 -- Returns: dispatched, what is to be sent, reason (due, lost, unpublished); cleared, and what tells its callers; stop,
 --   process and task id and run of each that is to stop, what is to be sent; or early, gone

@@ -1,6 +1,6 @@
 -- Takes out a run whose message can not be made, whenever it is tried.
 --
--- KEYS: record, waiting, meta, timers, kept, busy, limits, slots, lines, resting
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, nonce, run, why, redispatch, soon)
 -- Returns: cleared, what is to be sent; or gone
 -- Transition: dispatched | retrying | pending -> cleared, for the sweep to tell its callers why

@@ -3,11 +3,23 @@
 
 local RECENT = 8
 
+-- What a call does not say, because it is so with nearly all.
+setmetatable(asked, {__index = {mode = 'queue', limit = 1, max_queued = 1, overflow = 'merge', rule = 'latest'}})
+
 -- To be called again with its own arguments: what they were merged with has begun, or somebody came between.
 local AGAIN = {'merge', '', 0, ''}
 
 local function reply(disposition, run, delay, replaced)
-  return {disposition, run.id, run.task_id, run.state, delay, replaced or '', sent}
+  return {disposition, run.id, run.state, delay, run.task_id, replaced or ''}
+end
+
+-- What a disposition tells is one text, and alone where it can be: clients take their time over every part of a reply.
+local function told(answer)
+  if #answer < 6 then return answer end
+  local replaced = table.remove(answer)
+  local text = table.concat(answer, ' ')
+  if replaced == '' and #sent == 0 then return text end
+  return {text, replaced, sent}
 end
 
 -- The same call again (a reply was lost, and the client asked once more) gets the same answer.
@@ -51,7 +63,6 @@ local function new_session()
   -- Who waited for a record that was lost without them waits for nothing, and must not keep this one's runs back.
   redis.call('DEL', wait)
   local session = mint()
-  redis.call('ZADD', busy, session, asked.state)
   return {v = VERSION, scope = asked.scope, session = session, index = 0, runs = 0,
           active = {}, open = {}, lone = {}, recent = {}}
 end
@@ -78,11 +89,10 @@ local function joins()
 end
 
 local function new_run(head)
-  local run = {id = mint(), task_id = asked.task_id, task = asked.task, mode = asked.mode, limit = asked.limit,
-               latest = latest_time(), expires = expiry(), store = asked.store, triggers = 1, attempt = 0,
-               version = 0, followers = 0, told = 0, losses = 0, needs = asked.needs, cooldown = asked.cooldown,
-               once = asked.once, labels = asked.labels, patience = asked.patience}
-  run.seq, run.box = run.id, run.id
+  local run = setmetatable({id = mint(), task_id = asked.task_id, task = asked.task, mode = rawget(asked, 'mode'),
+                            limit = rawget(asked, 'limit'), latest = latest_time(), expires = expiry(),
+                            store = asked.store, needs = asked.needs, cooldown = asked.cooldown, once = asked.once,
+                            labels = asked.labels, patience = asked.patience}, USUAL)
   run.due = math.min(due_time(), run.latest or math.huge)
   if asked.grace and next(head.active) then run.stop_at = now + asked.grace end
   head.runs = head.runs + 1
@@ -127,29 +137,16 @@ end
 local function follow(run)
   if ARGV[5] == '' then return end
   run.followers = run.followers + 1
-  redis.call('HSET', rec, 'fol:' .. run.box .. ':' .. run.followers, ARGV[5])
+  redis.call('HSET', rec, 'fol:' .. acceptance(run) .. ':' .. run.followers, ARGV[5])
 end
 
--- (any) -> the same run, which answers one more caller and sees nothing of its call.
-local function join(head, run)
-  if run.state ~= 'running' then run.store = run.store or asked.store end
-  run.joined = true
-  follow(run)
-  write_run(run)
-  remember(head, 'skipped', run)
-  return reply('skipped', run, -1)
-end
-
--- One flight: the run of this task that is under way or waiting. Not the one whose own body, links or chain call.
-local function flight(head)
-  for run_id in pairs(head.active) do
-    local run = read_run(run_id)
-    if run and run.task == asked.task and not run.returned and run.id ~= asked.within then return run end
-  end
-  local waiting = head.lone[asked.task]
-  local open = head.open[asked.task]
-  waiting = waiting or (open and open[#open])
-  return waiting and read_run(waiting) or nil
+-- Made by the first call that is answered with a run that there is, as those of lib/kept.
+local flying
+local function flights()
+  flying = flying or (function()
+    --# include flights
+  end)()
+  return flying
 end
 
 -- Of a burst no two runs are made, however many slots there are, and however many may wait.
@@ -185,10 +182,10 @@ end
 -- and those before it, are moved on. Returns the run as it is then.
 local function mend(head, run)
   for run_id in pairs(head.active) do
-    local other = read_run(run_id)
-    if other and other.state ~= 'running' and not has_timer(other) then set_timer(other, lost_at(other)) end
+    local other = not has_timer(run_id) and read_run(run_id)
+    if other and other.state ~= 'running' then set_timer(other, lost_at(other)) end
   end
-  if run.state ~= 'pending' or has_timer(run) then return run end
+  if run.state ~= 'pending' or has_timer(run.id) then return run end
   if run.due > now then
     set_timer(run, run.due)
   elseif not next(head.active) then
@@ -246,7 +243,7 @@ end
 
 -- The run that has done already what a trigger asks for: once, or for another beat at the same tick.
 local function done_for()
-  local done = asked.once and done_once(asked.task)
+  local done = asked.once and outliving().done_once(asked.task)
   if done or not asked.tick then return done end
   local packed = redis.call('HGET', kept, 'tick:' .. asked.tick.entry)
   local last = packed and cmsgpack.unpack(packed)
@@ -258,7 +255,7 @@ end
 -- its own, however soon one comes after the other.
 local function note_tick(answer)
   if asked.tick and answer[1] ~= 'merge' and answer[1] ~= 'rejected' then
-    keep('tick:' .. asked.tick.entry, {run = answer[2], task_id = answer[3], by = asked.tick.by,
+    outliving().keep('tick:' .. asked.tick.entry, {run = answer[2], task_id = answer[5], by = asked.tick.by,
                                        moment = asked.tick.moment, at = now, till = now + asked.tick.lasts})
   end
   return answer
@@ -274,11 +271,11 @@ local function cover(head)
     return AGAIN
   end
   if asked.mode == 'skip' then
-    local run = flight(head)
+    local run = flights().under_way(head)
     if run then
       -- From now on runs of this task say when their body has returned: skip calls look at it.
       if run.mode ~= 'skip' then redis.call('HSET', meta, 'skips:' .. run.task, '1') end
-      return join(head, run)
+      return flights().join(head, run)
     end
   end
   local open = head.open[asked.task] or {}
@@ -291,13 +288,14 @@ local function cover(head)
   return merge(head, mend(head, last))
 end
 
+-- Returns what became of the trigger, and whether that was known.
 local function accept()
   local head = read_head()
   local again = head and repeated(head)
-  if again then return again end
+  if again then return again, true end
   local done = done_for()
   if not done then return note_tick(cover(head)) end
   local run = head and read_run(done.run)
-  if run and run.state ~= 'cleared' then return join(head, run) end
+  if run and run.state ~= 'cleared' then return flights().join(head, run) end
   return reply('skipped', {id = done.run, task_id = done.task_id, state = 'ended'}, -1)
 end

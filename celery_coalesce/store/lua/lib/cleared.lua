@@ -12,7 +12,7 @@ end
 local function take_out(head, run, outcome, why, at)
   -- One that waits for a retry has begun, and is rested from.
   local begun = run.index and head.active[run.id] and true
-  if begun and run.cooldown then rest_from_now(run.cooldown, run.cooldown) end
+  if begun and run.cooldown then outliving().rest_from_now(run.cooldown, run.cooldown) end
   release(head, run, begun)
   close(head, run)
   run.state, run.token, run.outcome, run.why = 'cleared', mint(), outcome, why

@@ -1,50 +1,46 @@
 -- The record of one key, as every transition reads and writes it.
 --
--- Scripts that include this take, as their first ten KEYS, those below, and as ARGV[1] a JSON object with at least
+-- Scripts that include this take, as their first nine KEYS, those below, and as ARGV[1] a JSON object with at least
 -- `state` (the state id, which names the key in the indexes).
 
 --# include server
 
-local VERSION = 2
+local VERSION = 3
 local HOUR = 3600000
 
 local rec, wait, meta, timers, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local busy = KEYS[6]
 local asked = cjson.decode(ARGV[1])
 
--- Whole numbers as Redis wants them: Lua's tostring would round from the 15th digit on.
+-- Whole numbers as Redis wants them, but for scores: Lua's tostring would round from the 15th digit on.
 local function whole(number)
   return string.format('%.0f', number)
 end
 
-local function micros()
-  local time = redis.call('TIME')
-  return time[1] * 1000000 + time[2]
-end
-
--- Milliseconds on the server's clock.
-local now = math.floor(micros() / 1000)
+-- The server's clock as the script begins, in microseconds and in milliseconds.
+local time = redis.call('TIME')
+local clock = time[1] * 1000000 + time[2]
+local now = math.floor(clock / 1000)
 
 -- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers
 -- grow even over a loss of the store, or of a part of it.
 local last
 local function mint()
-  local clock = micros()
-  last = last or last_number(meta, clock)
-  last = math.max(clock, last + 1)
-  redis.call('HSET', meta, 'last', whole(last))
-  return whole(last)
+  last = math.max(clock, (last or last_number(meta, clock)) + 1)
+  local number = whole(last)
+  redis.call('HSET', meta, 'last', number)
+  return number
 end
 
 local function write_head(head)
   redis.call('HSET', rec, 'head', cmsgpack.pack(head))
 end
 
--- What version 1 wrote. It had no index of busy keys, and noted otherwise what a call had left to others; what of a run
--- it did not know has a default wherever it is read. From here on version 1 refuses the record.
+-- What an older version wrote. Version 1 noted otherwise what a call had left to others; what of a run it did not know
+-- has a default wherever it is read, and so has what version 2 wrote and this one leaves out. From here on older ones
+-- refuse the record.
 local function converted(head)
-  head.v, head.ended = VERSION, nil
-  redis.call('ZADD', busy, head.session, asked.state)
+  if head.v == 1 then head.ended = nil end
+  head.v = VERSION
   write_head(head)
   return head
 end
@@ -59,13 +55,26 @@ local function read_head()
   return head.v < VERSION and converted(head) or head
 end
 
+-- What is not written of a run, because it is so with nearly all.
+local USUAL = {__index = {mode = 'queue', limit = 1, triggers = 1, attempt = 0, version = 0, followers = 0, told = 0,
+                          losses = 0}}
+
+local function unpacked(packed)
+  return setmetatable(cmsgpack.unpack(packed), USUAL)
+end
+
 local function read_run(run_id)
   local packed = redis.call('HGET', rec, 'run:' .. run_id)
-  return packed and cmsgpack.unpack(packed) or nil
+  return packed and unpacked(packed) or nil
 end
 
 local function write_run(run)
   redis.call('HSET', rec, 'run:' .. run.id, cmsgpack.pack(run))
+end
+
+-- What tells its place among others: the number of the trigger that made it, or of the run whose triggers it took over.
+local function acceptance(run)
+  return run.seq or run.id
 end
 
 local function ref(run)
@@ -73,11 +82,11 @@ local function ref(run)
 end
 
 local function set_timer(run, at)
-  redis.call('ZADD', timers, whole(at), ref(run))
+  redis.call('ZADD', timers, at, ref(run))
 end
 
-local function has_timer(run)
-  return redis.call('ZSCORE', timers, ref(run)) ~= false
+local function has_timer(run_id)
+  return redis.call('ZSCORE', timers, asked.state .. '/' .. run_id) ~= false
 end
 
 local function clear_timer(run)
@@ -111,50 +120,14 @@ local function envelope(run, delay)
   return {run.id, run.task_id, run.task, run.attempt, run.version, delay or 0, blobs[1] or '', blobs[2] or ''}
 end
 
--- What outlives an idle key because it was asked for, and for no longer than that: values have a `till`, in ms, or are
--- kept for ever.
-local function expire_kept()
-  local fields, longest = redis.call('HGETALL', kept), 0
-  for position = 2, #fields, 2 do
-    local till = cmsgpack.unpack(fields[position]).till
-    if not till then
-      redis.call('PERSIST', kept)
-      return
-    end
-    longest = math.max(longest, till)
-  end
-  redis.call('PEXPIREAT', kept, whole(longest))
-end
-
-local function keep(field, value)
-  redis.call('HSET', kept, field, cmsgpack.pack(value))
-  expire_kept()
-end
-
--- A run has ended: the key rests for its cooldown, and for what is left of an earlier one; kept for as long as any task
--- of the scope could ask.
-local function rest_from_now(cooldown, longest)
-  local packed = redis.call('HGET', kept, 'rest')
-  local before = packed and cmsgpack.unpack(packed) or {from = 0, cooldown = 0, till = 0}
-  local left = math.max(before.from + before.cooldown - now, cooldown)
-  keep('rest', {from = now, cooldown = left, till = math.max(now + longest, before.till)})
-end
-
--- The tick that a run was made for has none: another beat's may have it.
-local function forget_ticks(run)
-  local fields = redis.call('HGETALL', kept)
-  for position = 1, #fields, 2 do
-    local ours = cmsgpack.unpack(fields[position + 1]).run == run.id
-    if ours and fields[position]:sub(1, 5) == 'tick:' then redis.call('HDEL', kept, fields[position]) end
-  end
-  if #fields > 0 and redis.call('EXISTS', kept) == 1 then expire_kept() end
-end
-
--- The success after which further triggers of a task need no run.
-local function done_once(task)
-  local packed = redis.call('HGET', kept, 'once:' .. task)
-  local done = packed and cmsgpack.unpack(packed)
-  return done and (not done.till or done.till > now) and done or nil
+-- What outlives an idle key because it was asked for. To make a function takes the server time, called or not, so those
+-- that most calls do without are made by the first that needs one.
+local keeping
+local function outliving()
+  keeping = keeping or (function()
+    --# include kept
+  end)()
+  return keeping
 end
 
 -- A run that triggers may no longer join.

@@ -3,7 +3,7 @@
 -- Needs lib/record. Nothing is held while a run waits, and whoever waits is passed by nobody who came later: so
 -- every waiting run is at some time the oldest of all, and then nothing but running ones and clocks stand in its way.
 
-local limits, slots, lines, resting = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local limits, slots, lines, resting = KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 
 -- What others have to do about this script: publish these envelopes, and advance the keys with these state ids.
 local sent = {}
@@ -12,54 +12,17 @@ local function send(what)
   sent[#sent + 1] = what
 end
 
--- Constraints: members begin with the constraint's id and '/'; '0' is the character after '/'.
-
-local function line_place(need, run)
-  return need.id .. '/' .. string.rep('0', 20 - #run.seq) .. run.seq .. '/' .. ref(run)
-end
-
-local function first_in_line(id)
-  return redis.call('ZRANGEBYLEX', lines, '[' .. id .. '/', '(' .. id .. '0', 'LIMIT', 0, 1)[1]
-end
-
-local function taken(id)
-  return redis.call('ZLEXCOUNT', slots, '[' .. id .. '/', '(' .. id .. '0')
-end
-
-local function known_limit(id)
-  local packed = redis.call('HGET', limits, id)
-  return packed and cmsgpack.unpack(packed) or {}
-end
-
-local function note_limit(need)
-  local known = known_limit(need.id)
-  known.name, known.limit = need.name, need.limit
-  redis.call('HSET', limits, need.id, cmsgpack.pack(known))
-end
-
--- Nothing of an idle constraint stays but a limit that was set.
-local function tidy(id)
-  if taken(id) == 0 and not first_in_line(id) and not known_limit(id).set then redis.call('HDEL', limits, id) end
-end
-
--- Whoever waits first may have been given way. Its own timer makes sure that somebody looks.
-local function nudge(id)
-  local first = first_in_line(id)
-  if not first then return end
-  local state, run_id = first:match('^[^/]*/[^/]*/([^/]*)/(.*)$')
-  if state == asked.state then return end
-  redis.call('ZADD', timers, whole(now), state .. '/' .. run_id)
-  send(state)
+-- Made by the first run that has any, as those of lib/kept.
+local constraining
+local function constraints()
+  constraining = constraining or (function()
+    --# include constraints
+  end)()
+  return constraining
 end
 
 local function leave_lines(run)
-  if not run.lined then return end
-  run.lined = nil
-  for _, need in ipairs(run.needs) do redis.call('ZREM', lines, line_place(need, run)) end
-  for _, need in ipairs(run.needs) do
-    nudge(need.id)
-    tidy(need.id)
-  end
+  if run.lined then constraints().leave(run) end
 end
 
 local function same_needs(run, needs)
@@ -69,53 +32,6 @@ local function same_needs(run, needs)
     if need.id ~= needs[position].id then return false end
   end
   return true
-end
-
--- All constraints at once, or none. Returns true; or the time from which on, if only clocks stand in the way; or
--- false: then the run stands in line, and is nudged.
-local function take_constraints(run)
-  if not run.needs then return true end
-  local free, at = true, 0
-  for _, need in ipairs(run.needs) do
-    local first = first_in_line(need.id)
-    local limit = known_limit(need.id).set or need.limit
-    local older = first and tonumber(first:match('^[^/]*/([^/]*)/')) or math.huge
-    if older < tonumber(run.seq) or taken(need.id) >= limit then free = false end
-    at = math.max(at, tonumber(redis.call('ZSCORE', resting, need.id) or '0'))
-  end
-  if free and at <= now then
-    for _, need in ipairs(run.needs) do
-      redis.call('ZADD', slots, 0, need.id .. '/' .. ref(run))
-      note_limit(need)
-    end
-    leave_lines(run)
-    return true
-  end
-  if not run.lined then
-    run.lined = true
-    for _, need in ipairs(run.needs) do
-      redis.call('ZADD', lines, 0, line_place(need, run))
-      note_limit(need)
-    end
-  end
-  return free and at
-end
-
--- The run has gone on, and holds its slots no longer. `rests`: it had begun, so that its constraints rest now.
-local function free_constraints(run, rests)
-  for _, need in ipairs(run.needs or {}) do
-    redis.call('ZREM', slots, need.id .. '/' .. ref(run))
-    if rests and need.cooldown > 0 then
-      local till = now + need.cooldown
-      redis.call('ZREMRANGEBYSCORE', resting, '-inf', whole(now))
-      redis.call('ZADD', resting, whole(till), need.id)
-      redis.call('PEXPIRE', resting, whole(math.max(redis.call('PTTL', resting), need.cooldown)))
-    end
-  end
-  for _, need in ipairs(run.needs or {}) do
-    nudge(need.id)
-    tidy(need.id)
-  end
 end
 
 -- May a run take a slot of the key now, beside those that are reserved? Only within the least limit of all concerned.
@@ -166,7 +82,7 @@ local function take_slots(head, run)
     leave_lines(run)
     return at
   end
-  local answer = take_constraints(run)
+  local answer = not run.needs or constraints().take(run)
   if answer == true then head.active[run.id] = run.limit end
   return answer
 end
@@ -174,7 +90,7 @@ end
 -- Is nobody waiting who came before?
 local function is_first(run)
   local first = redis.call('ZRANGE', wait, 0, 0, 'WITHSCORES')
-  return not first[2] or tonumber(first[2]) >= tonumber(run.seq)
+  return not first[2] or tonumber(first[2]) >= tonumber(acceptance(run))
 end
 
 -- due -> (holds its slots), if it is its turn; else, as of take_slots. A run that replaces another need not be the
@@ -187,7 +103,7 @@ end
 -- due -> waiting, by its acceptance. Whoever was the first of the key, and is not any more, stands in no line.
 local function wait_in_turn(run)
   local first = redis.call('ZRANGE', wait, 0, 0)[1]
-  redis.call('ZADD', wait, run.seq, run.id)
+  redis.call('ZADD', wait, acceptance(run), run.id)
   if not first or first == run.id or redis.call('ZRANGE', wait, 0, 0)[1] ~= run.id then return end
   local passed = read_run(first)
   if passed then
@@ -239,7 +155,7 @@ end
 local function release(head, run, rests)
   if head.active[run.id] then
     head.active[run.id] = nil
-    free_constraints(run, rests)
+    if run.needs then constraints().give_back(run, rests) end
   end
   leave_lines(run)
   clear_timer(run)
@@ -255,7 +171,6 @@ local function forget(head, run, rests)
   head.runs = head.runs - 1
   if head.runs == 0 then
     redis.call('DEL', rec, wait)
-    redis.call('ZREM', busy, asked.state)
     return true
   end
   advance(head)
