@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -102,12 +102,16 @@ def surroundings(server: str) -> dict[str, Any]:
 
 
 def _value(each: Row) -> str:
-    return f"{_number(each.value.median)} {each.unit} [{_number(each.value.low)}..{_number(each.value.high)}]"
+    return f"{_number(each.value.median)} {each.unit}{_quartiles(each.value, _number)}"
 
 
 def _ratio(each: Row) -> str:
     ratio = each.ratio
-    return f"{ratio.median:.2f} x {each.beside} [{ratio.low:.2f}..{ratio.high:.2f}]" if ratio else ""
+    return f"{ratio.median:.2f} x {each.beside}{_quartiles(ratio, '{:.2f}'.format)}" if ratio else ""
+
+
+def _quartiles(spread: Spread, written: Callable[[float], str]) -> str:
+    return "" if spread.low == spread.high else f" [{written(spread.low)}..{written(spread.high)}]"
 
 
 def _targets(each: Row) -> str:

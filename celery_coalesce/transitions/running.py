@@ -81,12 +81,16 @@ class Running(Base):
             return
         states = [state_id(policy.scope, trigger.key) for policy, trigger, _ in asked]
         many = Counter(states)
+        named, counted = new_nonce(), Counter[str]()
         before: dict[str, str] = {}
         calls = []
         for state, (policy, trigger, merging) in zip(states, asked, strict=True):
             batch: dict[str, Any] = {}
             if many[state] > 1:
-                batch = {"nonce": new_nonce(), "batch": min(many[state], MOST_AT_ONCE)}
+                # Numbered within what is sent in one go.
+                part, number = divmod(counted[state], MOST_AT_ONCE)
+                counted[state] += 1
+                batch = {"nonce": f"{named}.{part}/{number + 1}", "batch": min(many[state], MOST_AT_ONCE)}
                 if policy.merges and policy.rule is Rule.MERGE and policy.overflow is Overflow.MERGE:
                     batch["behind"] = before.get(state)
                 before[state] = batch["nonce"]

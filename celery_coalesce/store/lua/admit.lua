@@ -27,11 +27,11 @@ local function admit()
   run.received = true
   if run.task_id == asked.task_id then
     run.message = asked.message
-    redis.call('HSET', rec, 'msg:' .. asked.message, run.id)
+    set('msg:' .. asked.message, run.id)
   end
   write_run(run)
   remember(seen, asked.message, now, asked.remember)
   return told(answer)
 end
 
-return admit()
+return flush(admit())

@@ -12,4 +12,4 @@ if head and not sent_by(head, asked.nonce) then
   advance(head)
   note_sent(head, asked.nonce)
 end
-return {'dispatched', sent}
+return flush({'dispatched', sent})

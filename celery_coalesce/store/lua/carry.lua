@@ -23,8 +23,8 @@ local function carry()
   run.id, run.task_id, run.message = mint(), asked.new_task_id, nil
   run.triggers = math.max(old.triggers - 1, 1)
   run.state, run.losses, run.unpublished, run.unsent, run.message_at = 'pending', 0, nil, nil, nil
-  redis.call('HSET', rec, 'args:' .. run.id, redis.call('HGET', rec, 'args:' .. old.id))
-  if ARGV[2] ~= '' then redis.call('HSET', rec, 'call:' .. run.id, ARGV[2]) end
+  set('args:' .. run.id, redis.call('HGET', rec, 'args:' .. old.id))
+  if ARGV[2] ~= '' then set('call:' .. run.id, ARGV[2]) end
   head.runs = head.runs + 1
   local open = head.open[run.task]
   for position, run_id in ipairs(open or {}) do
@@ -39,4 +39,4 @@ local function carry()
   return {'dispatched', sent}
 end
 
-return carry()
+return flush(carry())

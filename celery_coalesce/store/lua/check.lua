@@ -24,4 +24,4 @@ if asked.after then
     answer[#answer + 1] = redis.call('HGET', rec, 'fol:' .. acceptance(run) .. ':' .. number)
   end
 end
-return answer
+return flush(answer)

@@ -49,4 +49,4 @@ local function clear()
   return {'cleared', page[1], bound, count, sent, cleared}
 end
 
-return clear()
+return flush(clear())

@@ -58,4 +58,4 @@ local function finish()
   return {'ended', drained and '1' or '0', unpack(sent)}
 end
 
-return finish()
+return flush(finish())

@@ -55,4 +55,4 @@ local function lose()
   return {'lost', {}, unpack(lost_to_sweeper(head, run))}
 end
 
-return lose()
+return flush(lose())

@@ -15,4 +15,4 @@ if answer[1] == 'dispatched' then
   local pushed = known or redis.pcall('LPUSH', KEYS[10], ARGV[6] .. answer[2] .. ARGV[7])
   if type(pushed) ~= 'table' then answer[4] = -1 end
 end
-return told(answer)
+return flush(told(answer))

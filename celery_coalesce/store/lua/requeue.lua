@@ -8,7 +8,9 @@
 --# include record
 local head = read_head()
 local run = head and read_run(asked.run)
-if run and run.state == 'dispatched' and run.requeued == asked.token then return {'dispatched', {envelope(run)}} end
+if run and run.state == 'dispatched' and run.requeued == asked.token then
+  return flush({'dispatched', {envelope(run)}})
+end
 if not run or run.state ~= 'running' or run.token ~= asked.token then return {'lost'} end
 run.requeued = run.token
 run.state, run.token, run.owner, run.claim, run.losses, run.again = 'dispatched', nil, nil, nil, 0, true
@@ -16,4 +18,4 @@ run.returned = nil
 set_timer(run, now + asked.redispatch)
 write_run(run)
 redis.call('SREM', KEYS[10], ref(run))
-return {'dispatched', {envelope(run)}}
+return flush({'dispatched', {envelope(run)}})

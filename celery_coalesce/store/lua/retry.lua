@@ -39,9 +39,9 @@ local function retry()
   run.due = asked.delay and now + asked.delay or asked.due or now
   run.task, run.attempt, run.retried, run.version = asked.task, run.attempt + 1, asked.token, run.version + 1
   run.token, run.owner, run.claim, run.unsent, run.message_at, run.returned = nil, nil, nil, nil, nil, nil
-  redis.call('HSET', rec, 'args:' .. run.id, ARGV[2])
+  set('args:' .. run.id, ARGV[2])
   if ARGV[3] ~= '' then
-    redis.call('HSET', rec, 'call:' .. run.id, ARGV[3])
+    set('call:' .. run.id, ARGV[3])
   else
     redis.call('HDEL', rec, 'call:' .. run.id)
   end
@@ -70,4 +70,4 @@ local function retry()
   return {'retrying', sent}
 end
 
-return retry()
+return flush(retry())

@@ -46,4 +46,4 @@ local function rollback()
   return {'unpublished'}
 end
 
-return rollback()
+return flush(rollback())

@@ -100,4 +100,4 @@ local function start()
   return leased(head, run)
 end
 
-return start()
+return flush(start())

@@ -4,7 +4,8 @@
 -- ARGV: asked (JSON: state, nonce, task_id, task, mode, limit, max_queued, overflow, rule, scope, store,
 --   redispatch, soon and, where given: delay or due, quiet, longest, ttl or expires, within, base and target, watch,
 --   cooldown, needs, once, tick (entry, by, lasts, moment), grace, labels, patience, and of a batch: batch (how many
---   calls of the key are sent in one go), behind (the nonce of the call before it in a chain of merges); times in ms),
+--   calls of the key are sent in one go; their nonces end with /1 and on), behind (the nonce of the call before it in
+--   a chain of merges); times in ms),
 --   key, args, call, follower
 -- Returns: one text: disposition, run, state, delay of the message in ms (-1: none), task id; or that, replaced args,
 --   what is to be sent; or: merge, run, version, args (run is '' where there is nothing to merge with any more)
@@ -14,4 +15,4 @@
 --# include record
 --# include slots
 --# include accept
-return told(accept())
+return flush(told((accept())))

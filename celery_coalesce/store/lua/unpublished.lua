@@ -12,4 +12,4 @@ if not run or run.state == 'running' or run.state == 'cleared' then return {'gon
 run.unpublished, run.message_at = true, nil
 set_timer(run, math.max(now, run.due) + asked.again)
 write_run(run)
-return {'unpublished'}
+return flush({'unpublished'})

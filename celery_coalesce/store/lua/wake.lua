@@ -89,4 +89,4 @@ local function wake()
   return again(head, run)
 end
 
-return wake()
+return flush(wake())

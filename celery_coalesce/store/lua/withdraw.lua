@@ -10,10 +10,10 @@
 --# include cleared
 local head = read_head()
 local run = head and read_run(asked.run)
-if sent_by(head, asked.nonce) then return {'cleared', sent} end
+if sent_by(head, asked.nonce) then return flush({'cleared', sent}) end
 if not run or run.state == 'running' or run.state == 'cleared' then return {'gone'} end
 take_out(head, run, 'failed', asked.why, now)
 write_run(run)
 advance(head)
 note_sent(head, asked.nonce)
-return {'cleared', sent}
+return flush({'cleared', sent})

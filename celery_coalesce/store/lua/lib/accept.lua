@@ -1,7 +1,8 @@
 -- What becomes of a trigger: shared by `trigger` (a call) and `admit` (a message that carries no run).
 -- Needs lib/record and lib/slots. ARGV: 2 key text, 3 arguments, 4 call, 5 follower ('' for none).
 
-local RECENT = 8
+-- Of how many single calls is remembered what became of them; at how many of those that go on a call looks.
+local RECENT, MENDED = 8, 8
 
 -- What a call does not say, because it is so with nearly all.
 setmetatable(asked, {__index = {mode = 'queue', limit = 1, max_queued = 1, overflow = 'merge', rule = 'latest'}})
@@ -24,42 +25,66 @@ end
 
 -- The same call again (a reply was lost, and the client asked once more) gets the same answer.
 local function repeated(head)
-  for position = 1, #head.recent, 3 do
-    if head.recent[position] == asked.nonce then
-      local run = read_run(head.recent[position + 2])
-      if not run then return nil end
-      local disposition, delay = head.recent[position + 1], -1
-      if disposition == 'dispatched' then
-        delay = 0
-      elseif disposition == 'queued' and run.message_at then
-        delay = math.max(run.message_at - now, 0)
-      end
-      sent_by(head, asked.nonce)
-      return reply(disposition, run, delay)
+  local told_then
+  if asked.batch then
+    told_then = redis.call('HGET', rec, 'did:' .. asked.nonce)
+  else
+    local start = asked.nonce .. ' '
+    for _, each in ipairs(head.recent) do
+      if each:sub(1, #start) == start then told_then = each:sub(#start + 1) end
     end
   end
-  return nil
+  if not told_then then return nil end
+  local disposition, run_id = told_then:match('^(%S+) (%S+)$')
+  local run = read_run(run_id)
+  if not run then return nil end
+  local delay = -1
+  if disposition == 'dispatched' then
+    delay = 0
+  elseif disposition == 'queued' and run.message_at then
+    delay = math.max(run.message_at - now, 0)
+  end
+  sent_by(head, asked.nonce)
+  return reply(disposition, run, delay)
+end
+
+-- What was sent in one go is sent again in one go: every call of a batch is remembered for a while, besides the last
+-- others. Their nonces are those of the batch, numbered.
+local function remember_batch(head, what)
+  local batch = asked.nonce:match('^(.*)/')
+  local batches = head.batches or {}
+  if #batches == 0 or batches[#batches].nonce ~= batch then
+    batches[#batches + 1] = {nonce = batch, calls = asked.batch, till = now + asked.redispatch}
+  end
+  head.batches, head.latest = batches, asked.nonce
+  set('did:' .. asked.nonce, what)
+end
+
+local function forget_batches(head)
+  while head.batches[1] and head.batches[1].till <= now do
+    local batch, fields = table.remove(head.batches, 1), {}
+    for number = 1, batch.calls do fields[number] = 'did:' .. batch.nonce .. '/' .. number end
+    redis.call('HDEL', rec, unpack(fields))
+  end
+  if #head.batches == 0 then head.batches = nil end
 end
 
 local function remember(head, disposition, run)
-  local recent = head.recent
-  if head.batch and now >= head.batch_till then head.batch, head.batch_till = nil, nil end
+  if head.batches then forget_batches(head) end
+  local what = disposition .. ' ' .. run.id
   if asked.batch then
-    head.batch, head.batch_till = math.max(asked.batch, head.batch or 0), now + asked.redispatch
+    remember_batch(head, what)
+  else
+    local recent = head.recent
+    if #recent >= RECENT then table.remove(recent, 1) end
+    recent[#recent + 1] = asked.nonce .. ' ' .. what
+    head.latest = nil
   end
-  -- What was sent in one go is sent again in one go: every call of a batch is remembered for a while.
-  local most = RECENT + (head.batch or 0)
-  while #recent >= 3 * most do
-    for _ = 1, 3 do table.remove(recent, 1) end
-  end
-  recent[#recent + 1] = asked.nonce
-  recent[#recent + 1] = disposition
-  recent[#recent + 1] = run.id
   write_head(head)
 end
 
 local function new_session()
-  redis.call('HSET', rec, 'key', ARGV[2])
+  set('key', ARGV[2])
   -- Who waited for a record that was lost without them waits for nothing, and must not keep this one's runs back.
   redis.call('DEL', wait)
   local session = mint()
@@ -96,8 +121,8 @@ local function new_run(head)
   run.due = math.min(due_time(), run.latest or math.huge)
   if asked.grace and next(head.active) then run.stop_at = now + asked.grace end
   head.runs = head.runs + 1
-  redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])
-  if ARGV[4] ~= '' then redis.call('HSET', rec, 'call:' .. run.id, ARGV[4]) end
+  set('args:' .. run.id, ARGV[3])
+  if ARGV[4] ~= '' then set('call:' .. run.id, ARGV[4]) end
   if joins() then
     local open = head.open[run.task] or {}
     open[#open + 1] = run.id
@@ -116,7 +141,7 @@ local function place(head, run)
   end
   local answer = try_to_start(head, run)
   if answer == true then
-    redis.call('ZREM', wait, run.id)
+    if head.runs > 1 then redis.call('ZREM', wait, run.id) end
     dispatch(run)
     return 0
   end
@@ -137,7 +162,7 @@ end
 local function follow(run)
   if ARGV[5] == '' then return end
   run.followers = run.followers + 1
-  redis.call('HSET', rec, 'fol:' .. acceptance(run) .. ':' .. run.followers, ARGV[5])
+  set('fol:' .. acceptance(run) .. ':' .. run.followers, ARGV[5])
 end
 
 -- Made by the first call that is answered with a run that there is, as those of lib/kept.
@@ -158,12 +183,11 @@ end
 -- A slot that this trigger's new run could have. Runs that wait for their time hold none, but stand in for one:
 -- else an earlier trigger would start a second run instead of pulling the first forward.
 local function has_room(head)
-  if redis.call('EXISTS', wait) == 1 then return false end
   local reserved = 0
   for _, run_id in ipairs(head.open[asked.task] or {}) do
     if not head.active[run_id] then reserved = reserved + 1 end
   end
-  return fits(head, asked.limit, reserved)
+  return fits(head, asked.limit, reserved) and redis.call('EXISTS', wait) == 0
 end
 
 -- When a run is due that covers one more trigger: the earliest time that any of them asked for, except that every
@@ -179,11 +203,15 @@ local function merged_due(run)
 end
 
 -- Should the timers have been lost, or who waits, and the record not: a call that joins a run sees to it that the run,
--- and those before it, are moved on. Returns the run as it is then.
+-- and those before it, are moved on; of many that go on some, and others the next time. Returns the run as it is then.
 local function mend(head, run)
+  local count, every = 0, math.ceil(head.runs / MENDED)
   for run_id in pairs(head.active) do
-    local other = not has_timer(run_id) and read_run(run_id)
-    if other and other.state ~= 'running' then set_timer(other, lost_at(other)) end
+    count = count + 1
+    local other = (count + clock) % every == 0 and not has_timer(run_id) and read_run(run_id)
+    if other and other.state ~= 'running' then
+      set_timer(other, lost_at(other))
+    end
   end
   if run.state ~= 'pending' or has_timer(run.id) then return run end
   if run.due > now then
@@ -192,7 +220,7 @@ local function mend(head, run)
     wait_in_turn(run)
     advance(head)
   end
-  return read_run(run.id)
+  return run
 end
 
 -- unstarted -> the same run, covering one more trigger. Changes its arguments and due time alone.
@@ -206,7 +234,7 @@ local function merge(head, run)
   if asked.rule ~= 'first' then
     if asked.watch then replaced = redis.call('HGET', rec, 'args:' .. run.id) end
     -- The arguments are the later trigger's from now on, and with them what they need of others.
-    redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])
+    set('args:' .. run.id, ARGV[3])
     run.version = run.version + 1
     if not same_needs(run, asked.needs) then needs = asked.needs end
   end
@@ -234,7 +262,6 @@ local function merge(head, run)
   if moved then
     -- Others may go where it stood, or it where others do.
     advance(head)
-    run = read_run(run.id)
     if #sent > 0 then note_sent(head, asked.nonce) end
   end
   remember(head, 'coalesced', run)
@@ -266,7 +293,7 @@ local function cover(head)
   if not head then
     if asked.target or asked.behind then return AGAIN end
     head = new_session()
-  elseif asked.behind and asked.behind ~= head.recent[#head.recent - 2] then
+  elseif asked.behind and asked.behind ~= head.latest then
     -- Of a chain of merges that is broken nothing counts, though the versions may happen to agree.
     return AGAIN
   end

@@ -31,8 +31,40 @@ local function mint()
   return number
 end
 
+-- The record is read once and written once: scripts change what is here, and `flush` it at their end.
+local head_read, head_changed, runs_read, runs_changed, others_changed = nil, false, {}, {}, {}
+
+local function set(field, value)
+  others_changed[#others_changed + 1] = field
+  others_changed[#others_changed + 1] = value
+end
+
 local function write_head(head)
-  redis.call('HSET', rec, 'head', cmsgpack.pack(head))
+  head_read, head_changed = head, true
+end
+
+local function write_run(run)
+  runs_read[run.id], runs_changed[run.id] = run, run
+end
+
+-- Writes what has changed. Given the script's answer, returns it.
+local function flush(answer)
+  if head_changed then set('head', cmsgpack.pack(head_read)) end
+  for run_id, run in pairs(runs_changed) do set('run:' .. run_id, cmsgpack.pack(run)) end
+  if #others_changed > 0 then redis.call('HSET', rec, unpack(others_changed)) end
+  head_changed, runs_changed, others_changed = false, {}, {}
+  return answer
+end
+
+local function erase_run(run)
+  runs_read[run.id], runs_changed[run.id] = nil, nil
+  redis.call('HDEL', rec, 'run:' .. run.id, 'args:' .. run.id, 'call:' .. run.id)
+  if run.message then redis.call('HDEL', rec, 'msg:' .. run.message) end
+end
+
+local function erase_record()
+  head_changed, runs_changed, others_changed = false, {}, {}
+  redis.call('DEL', rec, wait)
 end
 
 -- What an older version wrote. Version 1 noted otherwise what a call had left to others; what of a run it did not know
@@ -40,19 +72,22 @@ end
 -- refuse the record.
 local function converted(head)
   if head.v == 1 then head.ended = nil end
+  if head.v < 3 then head.recent = {} end
   head.v = VERSION
-  write_head(head)
+  redis.call('HSET', rec, 'head', cmsgpack.pack(head))
   return head
 end
 
 local function read_head()
+  if head_read then return head_read end
   local packed = redis.call('HGET', rec, 'head')
   if not packed then return nil end
   local head = cmsgpack.unpack(packed)
   if head.v > VERSION then
     error({err = 'NEWER this record was written by a newer celery-coalesce (version ' .. head.v .. ')'})
   end
-  return head.v < VERSION and converted(head) or head
+  head_read = head.v < VERSION and converted(head) or head
+  return head_read
 end
 
 -- What is not written of a run, because it is so with nearly all.
@@ -64,12 +99,11 @@ local function unpacked(packed)
 end
 
 local function read_run(run_id)
+  if runs_read[run_id] then return runs_read[run_id] end
   local packed = redis.call('HGET', rec, 'run:' .. run_id)
-  return packed and unpacked(packed) or nil
-end
-
-local function write_run(run)
-  redis.call('HSET', rec, 'run:' .. run.id, cmsgpack.pack(run))
+  local run = packed and unpacked(packed) or nil
+  runs_read[run_id] = run
+  return run
 end
 
 -- What tells its place among others: the number of the trigger that made it, or of the run whose triggers it took over.
@@ -116,6 +150,7 @@ end
 
 -- What a message for this run is made from.
 local function envelope(run, delay)
+  flush()
   local blobs = redis.call('HMGET', rec, 'args:' .. run.id, 'call:' .. run.id)
   return {run.id, run.task_id, run.task, run.attempt, run.version, delay or 0, blobs[1] or '', blobs[2] or ''}
 end

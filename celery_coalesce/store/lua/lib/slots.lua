@@ -96,7 +96,7 @@ end
 -- due -> (holds its slots), if it is its turn; else, as of take_slots. A run that replaces another need not be the
 -- first to have that one stopped.
 local function try_to_start(head, run)
-  if is_first(run) then return take_slots(head, run) end
+  if head.runs == 1 or is_first(run) then return take_slots(head, run) end
   return not fits(head, run.limit) and stops_at(head, run) or false
 end
 
@@ -129,6 +129,7 @@ end
 
 -- Due runs into free slots, the oldest first: one that may not start yet holds back those behind it.
 local function advance(head)
+  if head.runs == 1 and next(head.active) then return end
   while true do
     local first = redis.call('ZRANGE', wait, 0, 0)[1]
     if not first then return end
@@ -158,6 +159,7 @@ local function release(head, run, rests)
     if run.needs then constraints().give_back(run, rests) end
   end
   leave_lines(run)
+  if run.state == 'running' then return end
   clear_timer(run)
   redis.call('ZREM', wait, run.id)
 end
@@ -166,13 +168,12 @@ end
 local function forget(head, run, rests)
   close(head, run)
   release(head, run, rests)
-  redis.call('HDEL', rec, 'run:' .. run.id, 'args:' .. run.id, 'call:' .. run.id)
-  if run.message then redis.call('HDEL', rec, 'msg:' .. run.message) end
   head.runs = head.runs - 1
   if head.runs == 0 then
-    redis.call('DEL', rec, wait)
+    erase_record()
     return true
   end
+  erase_run(run)
   advance(head)
   write_head(head)
   return false
