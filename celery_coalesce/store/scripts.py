@@ -16,6 +16,8 @@ __all__ = ["PASSING", "SCRIPTS", "Script", "script"]
 
 _INCLUDE = re.compile(r"^( *)--# include (\w+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
+#: Stands between a library and what comes after it.
+_LEVEL = "!\n"
 _FUNCTION = re.compile(r"^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
 
 #: What every transition of a record takes first: the record and its waiting runs, the namespace's numbers and timers,
@@ -80,7 +82,9 @@ def _read(*path: str) -> str:
 
 def _included(text: str) -> str:
     def library(found: re.Match[str]) -> str:
-        return textwrap.indent(_included(_read("lib", f"{found.group(2)}.lua")), found.group(1))
+        indent, name = found.groups()
+        inside = _included(_read("lib", f"{name}.lua"))
+        return textwrap.indent(inside, indent) if indent else inside + _LEVEL
 
     return _INCLUDE.sub(library, text)
 
@@ -95,8 +99,20 @@ def _needed(text: str) -> str:
     return kept
 
 
+def _nested(text: str) -> str:
+    """Put what comes after a library into a function within it.
+
+    A function finds what it uses of an outer one at once, and what stands beside it (luaF_findupval, Lua 5.1) by going
+    through all of that.
+    """
+    *libraries, inside = text.split(_LEVEL)
+    for library in reversed(libraries):
+        inside = f"{library}return (function()\n{inside}end)()\n"
+    return inside
+
+
 @cache
 def script(name: str) -> Script:
     """Return a transition by name, its includes put in, and nothing in it that it does not need."""
-    text = _needed(_COMMENT.sub("", _included(_read(f"{name}.lua"))))
+    text = _nested(_needed(_COMMENT.sub("", _included(_read(f"{name}.lua")))))
     return Script(name, SCRIPTS[name], text, name not in PASSING)
