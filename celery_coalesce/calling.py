@@ -110,6 +110,8 @@ def _make_messages(task: Any, pusher: Pusher, calls: Sequence[Call]) -> None:
 
 def _publish(task: Any, sending: Sequence[Call | ExemptCall], asked: Iterable[Call], producer: Any) -> None:
     """Publish in order, all with one producer; take back what could not be."""
+    if not sending:
+        return
     done = 0
     try:
         shared = task.app.producer_or_acquire(producer) if len(sending) > 1 else nullcontext(producer)

@@ -197,7 +197,9 @@ class CallingTask(Task):
             raise self.coalesce_refused
         if self.coalesce_policy is None:
             return None
-        policy = self.coalesce_policy.override({n: v for n, v in overrides.items() if n != "coalesce_key"})
+        policy = self.coalesce_policy
+        if overrides:
+            policy = policy.override({n: v for n, v in overrides.items() if n != "coalesce_key"})
         return None if self._get_app().conf.task_always_eager else policy
 
     def _check_header(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -253,4 +255,6 @@ class CallingTask(Task):
 def _split(options: Mapping[str, Any]) -> tuple[Options, Options]:
     """Return the coalesce options of a call, and its others."""
     ours = {name: value for name, value in options.items() if name == "coalesce" or name.startswith("coalesce_")}
+    if not ours:
+        return ours, dict(options)
     return ours, {name: value for name, value in options.items() if name not in ours}

@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from .errors import InvalidKey
@@ -23,6 +23,8 @@ _TOKEN = re.compile(r"<<|>>|\{\{|\}\}|<([^<>{}]*)>|\{([^<>{}]*)\}|[<>{}]")
 _DOUBLED = ("<<", ">>", "{{", "}}")
 _FIELD = re.compile(r"[^\W\d]\w*(\.\w+)*\Z")
 _MISSING: Any = object()
+#: Characters beyond which a key's id is not remembered.
+LONG_KEY = 200
 
 
 class TemplateError(ValueError):
@@ -178,9 +180,17 @@ def state_id(scope: str, key: str) -> str:
     A digest, so that keys of any length and any Unicode make the same short name; the scope's length is part of it,
     so that no key of one scope is another's.
     """
-    text = f"{len(scope)}:{scope}{key}".encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(text, digest_size=16).digest()
+    text = f"{len(scope)}:{scope}{key}"
+    return _digest(text) if len(text) > LONG_KEY else _known_digest(text)
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return base64.b32encode(digest).decode("ascii").rstrip("=").lower()
+
+
+#: A call and its message, or a burst of calls, ask for the same again and again.
+_known_digest = lru_cache(maxsize=1024)(_digest)
 
 
 def constraint_id(name: str) -> str:

@@ -21,6 +21,7 @@ from ..keys import Names
 from ..settings import Settings
 from . import MOST_AT_ONCE
 from .clients import Client, from_url, is_redis, like_backend, like_broker, shown
+from .functions import Functions
 from .refusals import NEWER, OUTAGES, code_of, is_outage
 from .replicas import WAIT_FOR, connected, piped, sent_and_kept
 from .scripts import script
@@ -62,6 +63,7 @@ class RedisStore:
         self._client: Client | None = None
         #: ``None`` of a Cluster, whose client alone knows which node to ask.
         self._wire: Wire | None = None
+        self._functions: Functions | None = None
         self._lock = threading.Lock()
 
     def call(self, script_name: str, keys: Sequence[str], *argv: str | bytes | int) -> Any:
@@ -75,9 +77,18 @@ class RedisStore:
         transition = script(script_name)
         with self._errors():
             run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
-            [reply] = run([("EVALSHA", transition.sha, len(keys), *keys, *argv)])
-            if isinstance(reply, NoScriptError):
-                [reply] = run([("EVAL", transition.text, len(keys), *keys, *argv)])
+            what = (len(keys), *keys, *argv)
+
+
+            def by_script() -> Any:
+                [reply] = run([("EVALSHA", transition.sha, *what)])
+                if isinstance(reply, NoScriptError):
+                    [reply] = run([("EVAL", transition.text, *what)])
+                return reply
+
+            self._connected()
+            functions = self._functions
+            reply = functions.call(run, transition, what, by_script) if functions is not None else by_script()
             if isinstance(reply, Exception):
                 raise reply
             return reply
@@ -131,16 +142,16 @@ class RedisStore:
 
     def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         with self._errors():
-            commands = []
-            sent = set()
-            for name, keys, *argv in calls:
-                transition = script(name)
-                # The first of each brings its text along, for a server that does not know it: to hear so first would
-                # cost a round trip, and mix up the order of calls if another client made it known in between.
-                known = ("EVALSHA", transition.sha) if name in sent else ("EVAL", transition.text)
-                sent.add(name)
-                commands.append((*known, len(keys), *keys, *argv))
-            replies = self._sent_and_kept(commands) if self._replicas else self._sent(commands)
+            run = self._sent_and_kept if self._replicas else self._sent
+            self._connected()
+            names = {name for name, *_ in calls}
+            functions = self._functions
+            there = {name for name in names if functions is not None and functions.has(self._sent, script(name))}
+            replies = run(_commands(calls, there))
+            if functions is not None and there and isinstance(replies[0], ResponseError):
+                # It may be that one of them has gone. All are asked again: those that have run are known again.
+                functions.lost()
+                replies = run(_commands(calls, set()))
         for reply in replies:
             with self._errors():
                 if isinstance(reply, Exception):
@@ -191,6 +202,7 @@ class RedisStore:
                     self._count_replicas(client)
                     if not isinstance(client, RedisCluster):
                         self._wire = Wire(client.connection_pool)
+                        self._functions = Functions()
                     self._client = client
         return self._client
 
@@ -246,6 +258,24 @@ class RedisStore:
             if is_outage(error):
                 raise StoreUnavailable(f"the state server {self.address} refused for now: {error}") from error
             raise StoreError(f"the state server {self.address} refused: {error}") from error
+
+
+def _commands(calls: Sequence[tuple[Any, ...]], functions: set[str]) -> list[Command]:
+    """Return the commands for calls of transitions, some of which are functions of the server."""
+    commands: list[Command] = []
+    sent: set[str] = set()
+    for name, keys, *argv in calls:
+        transition = script(name)
+        known: tuple[str, str]
+        if name in functions:
+            known = ("FCALL", transition.function or "")
+        else:
+            # The first of each brings its text along, for a server that does not know it: to hear so first would cost
+            # a round trip, and mix up the order of calls if another client made it known in between.
+            known = ("EVALSHA", transition.sha) if name in sent else ("EVAL", transition.text)
+        sent.add(name)
+        commands.append((*known, len(keys), *keys, *argv))
+    return commands
 
 
 def connect(app: Celery, settings: Settings) -> RedisStore:

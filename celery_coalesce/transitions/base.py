@@ -60,9 +60,9 @@ class Base:
             declared: What else, as the inside of a JSON object.
         """
         # The nonce is the call's own: repeated because its reply was lost, the call is known again.
-        given = {"state": state, "nonce": new_nonce()}
+        given = {"nonce": new_nonce()} if "nonce" not in asked else {}
         given.update((name, value) for name, value in asked.items() if value is not None)
-        return self._asked + declared + json.dumps(given)[1:]
+        return f'{self._asked}{declared}"state": "{state}", {json.dumps(given)[1:]}'
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> Any:
         return self._call(script, self.store.names.record(state), state, {"run": run, **asked})

@@ -23,7 +23,7 @@ local now = math.floor(clock / 1000)
 
 -- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers
 -- grow even over a loss of the store, or of a part of it.
-local last
+local last = nil
 local function mint()
   last = math.max(clock, (last or last_number(meta, clock)) + 1)
   local number = whole(last)

@@ -6,12 +6,16 @@
 
 local MOST_GAPS = 20
 
--- The server's own run id, which changes when it restarts or another takes over. '' where INFO is not allowed.
+-- The server's own run id, which changes when it restarts or another takes over. '' where INFO is not allowed. A
+-- function of the server (store/scripts.py) asks once: it does not outlive the process.
+local own_id
 local function server_id()
-  local info = redis.pcall('INFO', 'server')
-  if type(info) ~= 'string' then return '' end
-  local at = info:find('run_id:', 1, true)
-  return at and info:sub(at + 7, at + 46) or ''
+  if not own_id then
+    local info = redis.pcall('INFO', 'server')
+    local at = type(info) == 'string' and info:find('run_id:', 1, true)
+    own_id = at and info:sub(at + 7, at + 46) or ''
+  end
+  return own_id
 end
 
 -- The gaps, as pairs of numbers. Before they were written down, all that was given out before `since` was in one.

@@ -1,0 +1,87 @@
+"""Transitions as functions of the server's own (Redis 7 and later, Valkey), where it has any and lets us use them.
+
+Whatever is wrong with a function, the script that it was made from does instead: that is older, and known everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from .refusals import NEWER, code_of, is_outage
+from .scripts import Script
+from .wire import Command
+
+__all__ = ["Functions"]
+
+logger = logging.getLogger("celery_coalesce")
+
+Run = Callable[[Sequence[Command]], list[Any]]
+
+
+class Functions:
+    """The functions of one server, loaded where they are missing."""
+
+    def __init__(self) -> None:
+        self._usable = True
+        #: The names of transitions that the server has had a function of.
+        self._there: set[str] = set()
+
+    def call(self, run: Run, script: Script, what: Sequence[str | bytes | int], otherwise: Callable[[], Any]) -> Any:
+        """Call a transition, by its function if there is one.
+
+        Args:
+            run: Sends commands, and returns their replies.
+            script: The transition.
+            what: The number of keys, the keys and the arguments.
+            otherwise: Calls it as a script.
+        """
+        if not self._usable or script.function is None:
+            return otherwise()
+        command = ("FCALL", script.function, *what)
+        [reply] = run([command])
+        if _failed(reply):
+            self._load(run, script)
+            [reply] = run([command])
+        if not _failed(reply):
+            self._there.add(script.name)
+            return reply
+        answer = otherwise()
+        if not isinstance(answer, Exception):
+            self._give_up(reply)
+        return answer
+
+    def has(self, run: Run, script: Script) -> bool:
+        """Return whether the server has a transition's function; load it, if it can be."""
+        if script.name in self._there:
+            return True
+        if not self._usable or script.function is None:
+            return False
+        self._load(run, script)
+        [found] = run([("FUNCTION", "LIST", "LIBRARYNAME", script.function)])
+        if isinstance(found, Exception) or not found:
+            self._give_up(found)
+            return False
+        self._there.add(script.name)
+        return True
+
+    def lost(self) -> None:
+        """Note that functions may have gone which were there."""
+        self._there.clear()
+
+    @staticmethod
+    def _load(run: Run, script: Script) -> None:
+        # Refused if another process was faster, or if there are no functions here: what follows tells.
+        run([("FUNCTION", "LOAD", script.library)])
+
+    def _give_up(self, why: object) -> None:
+        logger.info("The state server has no functions for us, scripts are used: %s", why, extra={"action": "scripts"})
+        self._usable = False
+
+
+def _failed(reply: Any) -> bool:
+    """Return whether a reply says that something is wrong with the function, as far as can be told."""
+    return isinstance(reply, ResponseError) and not is_outage(reply) and code_of(reply) != NEWER
