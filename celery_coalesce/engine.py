@@ -77,7 +77,7 @@ def engine_of(app: Celery) -> Engine:
         tells = bool(app.conf.task_send_sent_event)
         store = connect(app, settings)
         # An event of Celery's own would tell of a message that may not be sent.
-        pusher = Pusher() if store.is_broker and settings.one_trip and not tells else None
+        pusher = Pusher() if store.is_broker and settings.publish_by_script and not tells else None
         bus = EventBus(app, settings.events and tells)
         engine = Engine(app, settings, Transitions(store, timing), bus, pusher)
         app.__dict__[_ATTRIBUTE] = engine

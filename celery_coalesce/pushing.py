@@ -1,12 +1,12 @@
-"""A call's message, pushed by the script that accepts the call: one round trip, and nothing in between to be killed in.
+"""A call's message, pushed by the script that accepts the call: one round trip, and nothing to be killed in between.
 
-Where the broker is the Redis that holds the records, publishing is one ``LPUSH``. Kombu's own code makes the message and
-is watched for what it would push; the script pushes that if it dispatches the run, and else does not. A message that is
-made for a call which then coalesces is work for nothing, so a process remembers for a moment which keys were busy, and
-asks without one for those. Being wrong costs no more than the message, or a second round trip.
+Where the broker is the Redis that holds the records, publishing is one ``LPUSH``. Kombu's own code makes the message
+and is watched for what it would push; the script pushes that if it dispatches the run, and else does not. A message
+that is made for a call which then coalesces is work for nothing, so a process remembers for a moment which keys were
+busy, and asks without one for those. Being wrong costs no more than the message, or a second round trip.
 
-Relied on are ``Channel.conn_or_acquire`` and the ``LPUSH`` of ``Channel._put`` (kombu.transport.redis, 5.5-5.7). Whatever
-they do otherwise (fanout, several queues, queues that expire, a transport that is another) is published as ever.
+Relied on are ``Channel.conn_or_acquire`` and the ``LPUSH`` of ``Channel._put`` (kombu.transport.redis, 5.5-5.7).
+Whatever they do otherwise (fanout, several queues, queues that expire, another transport) is published as ever.
 """
 
 from __future__ import annotations

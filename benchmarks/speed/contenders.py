@@ -124,7 +124,7 @@ def make_app(setup: Setup) -> Celery:
         singleton_backend_url=setup.state,
         speed_gate=setup.state,
     )
-    if setup.contender == OURS:
+    if setup.contender == OURS and setup.state != setup.broker:
         app.conf.coalesce_redis_url = setup.state
     app.conf.update(setup.conf)
     options = base_of(setup.contender)

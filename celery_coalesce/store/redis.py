@@ -79,7 +79,6 @@ class RedisStore:
             run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
             what = (len(keys), *keys, *argv)
 
-
             def by_script() -> Any:
                 [reply] = run([("EVALSHA", transition.sha, *what)])
                 if isinstance(reply, NoScriptError):

@@ -79,6 +79,8 @@ class Wire:
 def _exchanged(connection: Any, sent: bytes, count: int) -> list[Any]:
     replies: list[Any] = []
     try:
+        # Does nothing if it is connected. If not, only this asks a Sentinel where to.
+        connection.connect()
         connection.send_packed_command((sent,))
         for _ in range(count):
             try:
@@ -86,7 +88,7 @@ def _exchanged(connection: Any, sent: bytes, count: int) -> list[Any]:
             except ResponseError as refusal:
                 replies.append(refusal)
     except BaseException:
-        # Interrupted between the two (a signal, a greenlet that is killed), it would give the next one this one's reply.
+        # Interrupted between the two (a signal, a killed greenlet), it would give this one's reply to the next.
         connection.disconnect()
         raise
     return replies

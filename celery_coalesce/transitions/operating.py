@@ -14,6 +14,7 @@ from .base import Base, as_text
 
 __all__ = ["Operating"]
 
+
 class Operating(Base):
     """What is looked at, and what is set, from outside."""
 
@@ -113,7 +114,8 @@ class Operating(Base):
         held = map(names.held, self._indexed(names.presence))
         # The timers once more: what was held, and has come back to them meanwhile.
         indexes = (names.timers, lines, *held, names.timers)
-        return {ref.split("/")[-2] for index in indexes for ref in self._indexed(index)}
+        refs = (ref for index in indexes for ref in self._indexed(index))
+        return {ref.split("/")[-2] for ref in refs if "/" in ref}
 
     def _indexed(self, index: str) -> Iterator[str]:
         cursor = "0"

@@ -195,9 +195,7 @@ class CoalescedRequest(ReportingRequest):
         self._lease = lease
         presence_of(self.app).leased(lease)
         request = self._request_dict
-        request[HEADER] = lease.as_header(
-            hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at
-        )
+        request[HEADER] = lease.as_header(hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at)
         request["ignore_result"] = self._ignore_result = not lease.store
         if lease.expires is not None:
             request["expires"] = datetime.fromtimestamp(lease.expires / 1000, timezone.utc).isoformat()

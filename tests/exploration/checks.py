@@ -57,17 +57,19 @@ class Checks:
     # -- what is done ------------------------------------------------------------------------------------------------
 
     def called(
-        self, state: dict[str, Any], script: str, asked: dict[str, Any], reply: list[Any], before: bytes, value: int
+        self, state: dict[str, Any], script: str, asked: dict[str, Any], reply: Any, before: bytes, value: int
     ) -> None:
         """Look at what a script has done."""
-        if script == "trigger":
-            self._triggered(state, reply, before, value)
+        if script in ("trigger", "publish"):
+            text = reply if isinstance(reply, bytes) else reply[0]
+            self._triggered(state, text.split(b" ", 4), before, value)
         elif state["db"] == before:
             return
         elif script == "start" and reply[0] == b"running":
             last = int(unpack(before)["meta"][b"last"])
-            if int(reply[1]) <= last:
-                raise Violation(f"G1: the fencing token {reply[1]!r} does not grow")
+            token = json.loads(reply[1])["token"]
+            if int(token) <= last:
+                raise Violation(f"G1: the fencing token {token!r} does not grow")
         elif script in HOLDERS and reply[0] != b"lost":
             run = runs_of(before).get(asked["run"].encode())
             if run is None or run.get(b"token") != asked["token"].encode():
@@ -78,21 +80,21 @@ class Checks:
         elif script == "rollback" and reply[0] == b"ended":
             self._rolled_back(state, reply, before, value)
 
-    def _triggered(self, state: dict[str, Any], reply: list[Any], before: bytes, value: int) -> None:
-        ghost, run = state["ghost"], reply[1].decode()
+    def _triggered(self, state: dict[str, Any], told: list[bytes], before: bytes, value: int) -> None:
+        ghost, run = state["ghost"], told[1].decode()
         head = head_of(state["db"])
         if head is not None and head[b"session"].decode() not in ghost["sessions"]:
             ghost["sessions"].append(head[b"session"].decode())
-        if reply[0] not in (b"dispatched", b"queued", b"coalesced") or ghost["accepted"].get(value) == run:
+        if told[0] not in (b"dispatched", b"queued", b"coalesced") or ghost["accepted"].get(value) == run:
             return
         # Once its run has gone a call that is made again can not be known again.
         if ghost["accepted"].get(value, "").encode() in runs_of(before):
             raise Violation("a call was accepted twice")
-        if b"index" in runs_of(state["db"])[reply[1]]:
+        if b"index" in runs_of(state["db"])[told[1]]:
             raise Violation("G2: a trigger was merged into a run that has begun")
         again = value in ghost["accepted"] and not any(each[0] == value for each in ghost["open"])
         ghost["accepted"][value] = run
-        ghost["open"] = [each for each in ghost["open"] if each[0] != value] + [[value, run, reply[2].decode(), again]]
+        ghost["open"] = [each for each in ghost["open"] if each[0] != value] + [[value, run, told[4].decode(), again]]
 
     def _rolled_back(self, state: dict[str, Any], reply: list[Any], before: bytes, value: int) -> None:
         ghost = state["ghost"]

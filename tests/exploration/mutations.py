@@ -98,7 +98,7 @@ MUTATIONS = (
     Mutation(
         "a drain is put aside twice",
         "ARGV[2]) end\n  else",
-        "ARGV[2]) redis.call('ZADD', KEYS[12], 0, ' ' .. ARGV[2]) end\n  else",
+        "ARGV[2]) redis.call('ZADD', KEYS[11], 0, ' ' .. ARGV[2]) end\n  else",
         "G4: a drain is announced twice",
         ONE_WORKER,
     ),
@@ -132,7 +132,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a call that is repeated is a new one",
-        "if again then return again end\n  local done",
+        "if again then return again, true end\n  local done",
         "local done",
         "accepted twice",
         with_one("reply lost", options={"coalesce": "serialize"}),
@@ -146,14 +146,14 @@ MUTATIONS = (
     ),
     Mutation(
         "runs start in the opposite order",
-        "redis.call('ZADD', wait, run.seq, run.id)",
-        "redis.call('ZADD', wait, whole(-tonumber(run.seq)), run.id)",
+        "redis.call('ZADD', wait, acceptance(run), run.id)",
+        "redis.call('ZADD', wait, -tonumber(acceptance(run)), run.id)",
         "G5",
         Setup(options={"coalesce": "serialize"}, producers=(2, 1), workers=1),
     ),
     Mutation(
         "the later call's arguments are dropped",
-        "redis.call('HSET', rec, 'args:' .. run.id, ARGV[3])\n    run.version",
+        "set('args:' .. run.id, ARGV[3])\n    run.version",
         "run.version",
         "G2: the run sees",
         ONE_WORKER,
@@ -167,8 +167,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a run that has ended leaves its timer",
-        "  leave_lines(run)\n  clear_timer(run)\n  redis.call('ZREM', wait, run.id)\nend",
-        "  leave_lines(run)\n  redis.call('ZREM', wait, run.id)\nend",
+        "  clear_timer(run)\n  redis.call('ZREM', wait, run.id)\nend",
+        "  redis.call('ZREM', wait, run.id)\nend",
         "there is a timer of a run that needs none",
         with_one("publish fails"),
     ),

@@ -32,13 +32,14 @@ from celery_coalesce import CoalescedTask
 from celery_coalesce.engine import Engine
 from celery_coalesce.keys import Names
 from celery_coalesce.presence import WORKER_PRESENCE
-from celery_coalesce.records import Timing
+from celery_coalesce.pushing import Pusher
+from celery_coalesce.records import Push, Timing
 from celery_coalesce.settings import Settings
 from celery_coalesce.signals import EventBus, coalesce_drain
 from celery_coalesce.transitions import Transitions
 from celery_coalesce.worker.presence import WorkerPresence
 from celery_coalesce.worker.request import CoalescedRequest
-from tests.exploration.snapshots import pack
+from tests.exploration.snapshots import QUEUE, pack
 
 NAMES = Names("", "explored")
 
@@ -47,13 +48,17 @@ Effect = list[Any]
 #: An answer that is raised in the process.
 FAILS = "!"
 
+#: What stands for a run's id in a message that is made before the run.
+RUN = "the run's id"
+
 #: What of a request is told twice, or by nobody looked at.
 LEFT_OUT = ("args", "kwargs", "argsrepr", "kwargsrepr", "properties", "delivery_info", "reply_to", "correlation_id")
 
 #: The patches that make a process depend on nothing but its log.
 _MADE_UP = (
-    "celery_coalesce.transitions.base.uuid4",
-    "celery_coalesce.worker.request.uuid4",
+    "celery_coalesce.transitions.base.new_nonce",
+    "celery_coalesce.transitions.running.new_nonce",
+    "celery_coalesce.worker.request.new_nonce",
 )
 _IDS = ("celery_coalesce.calling.uuid", "celery_coalesce.worker.request.uuid")
 _ETAS = ("celery_coalesce.dispatch.eta_header", "celery_coalesce.calling.eta_header")
@@ -76,6 +81,8 @@ class Stage:
         self._wanted: Effect | None = None
         self.name = ""
         self.act = ""
+        #: Where messages go that are made and not published.
+        self.made: list[Any] | None = None
         self._made = itertools.count()
         #: What the process takes for the time, in seconds: it is only ever subtracted.
         self.clock = 0.0
@@ -87,7 +94,7 @@ class Stage:
             ``wants`` and the effect, or ``ends`` and what it returns.
         """
         self._log, self._next, self._wanted = log, 0, None
-        self.name, self._made, self.clock = name, itertools.count(), 0.0
+        self.name, self._made, self.clock, self.made = name, itertools.count(), 0.0, None
         self.act = act.__name__
         try:
             ended = act(*given)
@@ -117,22 +124,13 @@ class Stage:
 STAGE = Stage()
 
 
-class _Hex(str):
-    """A made-up id, of which no part is taken."""
-
-    __slots__ = ()
-
-    def __getitem__(self, part: Any) -> str:
-        return str(self)
-
-
 class EffectStore:
     """The store, as processes see it."""
 
     names = NAMES
 
-    def call(self, script: str, keys: Sequence[str], *argv: Any) -> list[Any]:
-        return list(STAGE.effect("call", script, list(keys), list(argv)))
+    def call(self, script: str, keys: Sequence[str], *argv: Any) -> Any:
+        return STAGE.effect("call", script, list(keys), list(argv))
 
     def call_many(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Any]]:
         for name, keys, *argv in calls:
@@ -161,6 +159,22 @@ class EffectBackend(BaseBackend):
         return found
 
 
+class StagePusher(Pusher):
+    """Makes messages for scripts to push; remembers nothing, so that a process is what its log says."""
+
+    def made(self, producer: Any, publish: Callable[[str], Any]) -> Push:
+        """Return what publishing would put into the queue."""
+        STAGE.made = []
+        publish(RUN)
+        [message], STAGE.made = STAGE.made, None
+        before, _, after = json.dumps(message).partition(RUN)
+        return Push(NAMES.meta.replace("meta", QUEUE), before, after)
+
+    def was_busy(self, state: str) -> bool:
+        """Return that it was not."""
+        return False
+
+
 def _publish(producer: Any, name: str, message: Any, **options: Any) -> None:
     headers, _, body, _ = message
     headers = {**headers, **(options.get("headers") or {})}
@@ -169,7 +183,11 @@ def _publish(producer: Any, name: str, message: Any, **options: Any) -> None:
     kept = {field: headers[field] for field in ("id", "task", "retries", "root_id", "coalesce", "ignore_result")}
     args, kwargs, embedded = body
     body = [args, kwargs, {field: what for field, what in embedded.items() if what is not None}]
-    STAGE.effect("publish", kept["id"], delay, json.dumps(kept, sort_keys=True), json.dumps(body, sort_keys=True))
+    told = [kept["id"], delay, json.dumps(kept, sort_keys=True), json.dumps(body, sort_keys=True)]
+    if STAGE.made is None:
+        STAGE.effect("publish", *told)
+    else:
+        STAGE.made.append(told)
 
 
 @contextlib.contextmanager
@@ -177,8 +195,8 @@ def _producer(*_: Any, **__: Any) -> Iterator[Any]:
     yield SimpleNamespace(connection=SimpleNamespace(_reraise_as_library_errors=contextlib.nullcontext))
 
 
-def _made_up_uuid() -> Any:
-    return SimpleNamespace(hex=_Hex(STAGE.made_up()))
+def _made_up_nonce() -> str:
+    return STAGE.made_up()
 
 
 def _made_up_id() -> str:
@@ -194,7 +212,7 @@ def on_stage() -> Iterator[None]:
     """Take away from the package whatever would make two plays of the same log differ."""
     with contextlib.ExitStack() as stack:
         for name in _MADE_UP:
-            stack.enter_context(mock.patch(name, _made_up_uuid))
+            stack.enter_context(mock.patch(name, _made_up_nonce))
         for name in _IDS:
             stack.enter_context(mock.patch(name, _made_up_id))
         for name in _ETAS:
@@ -223,7 +241,8 @@ def make_app(options: dict[str, Any]) -> Any:
     app.__dict__["amqp"] = app.amqp
     app.amqp.__dict__["send_task_message"] = _publish
     app.producer_or_acquire = _producer
-    engine = Engine(app, Settings.of(app), Transitions(EffectStore(), Timing()), EventBus(app, False))
+    pusher = StagePusher() if options.pop("pushes", False) else None
+    engine = Engine(app, Settings.of(app), Transitions(EffectStore(), Timing()), EventBus(app, False), pusher)
     app.__dict__["_celery_coalesce_engine"] = engine
 
     def run(self: Any, value: int) -> int:

@@ -6,7 +6,7 @@
  * clock: a timer is over when nobody has the message that it waits for, or, as a fault, before that.
  *
  * Left out, because they move nothing between these processes, or do so as one that is here:
- *   admit advance carry clear withdraw unpublished overdue hand limit show keys constraints history
+ *   admit advance carry clear publish withdraw unpublished overdue hand limit show keys constraints history
  *
  * test_protocol.py runs it; with -DLATE tasks are acknowledged late. A mistake is put in by its name (NO_TIMER, NO_TOKEN,
  * ...), and must make a property fail.

@@ -23,6 +23,9 @@ TIME = "redis.call('TIME')"
 NOW = 1_700_000_000_000
 FIRST = NOW * 1000
 
+#: The broker's queue, as far as scripts push to it. Whoever runs a script takes out what that has pushed.
+QUEUE = "queue"
+
 #: Written, and never read by a transition: left out, or states would differ by how many runs came before.
 UNREAD = ("history",)
 #: A digest would hide the names in it, which are exchanged.
@@ -45,6 +48,8 @@ for _, name in ipairs(redis.call('KEYS', '*')) do
   local found
   if kind == 'zset' then
     found = redis.call('ZRANGE', name, 0, -1, 'WITHSCORES')
+  elseif kind == 'list' then
+    found = redis.call('LRANGE', name, 0, -1)
   else
     found = redis.call(READ[kind], name)
   end
@@ -148,9 +153,12 @@ class Snapshots:
 
     def _taken(self, packed: bytes) -> Snapshot:
         content: Content = {}
-        for full, _, flat in _read_lua(packed):
+        for full, stored, flat in _read_lua(packed):
             name = full.decode().removeprefix(self._prefix)
             if name in UNREAD:
+                continue
+            if stored == b"list":
+                content[name] = dict.fromkeys(flat, 0)
                 continue
             kind = _kind(name)
             if kind == "set":

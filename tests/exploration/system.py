@@ -15,7 +15,7 @@ from tests.exploration.checks import Checks
 from tests.exploration.explorer import Violation
 from tests.exploration.names import NEW, normal
 from tests.exploration.processes import FAILS, NAMES, Acts, Effect
-from tests.exploration.snapshots import NOW, Snapshots, aged, pack, unpack
+from tests.exploration.snapshots import NOW, QUEUE, Snapshots, aged, pack, unpack
 
 LEASE = Timing().lease
 
@@ -267,6 +267,10 @@ class System:
         script, keys, argv = what
         before = state["db"]
         state["db"], reply = self._snapshots.call(before, script, keys, argv)
+        if script == "publish":
+            db = unpack(state["db"])
+            state["queue"] += [json.loads(message) for message in db.pop(QUEUE, {})]
+            state["db"] = pack(db)
         asked = json.loads(argv[0])
         value = self._value(number, state["producers"][number][0]) if act == "producer" else 0
         self._checks.called(state, script, asked, reply, before, value)

@@ -16,5 +16,8 @@ def assert_told_once(journal: Journal, key: str = "key", *, runs: int) -> None:
     assert set(attempts.values()) <= {1}, attempts
     ends = Counter(each["run_id"] for each in journal.events("coalesce_success", key=key))
     assert set(ends.values()) <= {1}, ends
+    for session in {each["session_id"] for each in journal.events("coalesce_start", key=key)}:
+        # A drain is taken out of the store before its receivers hear of it.
+        journal.wait("coalesce_drain", key=key, session_id=session, timeout=10)
     drains = Counter(each["session_id"] for each in journal.events("coalesce_drain", key=key))
     assert set(drains.values()) == {1}, drains

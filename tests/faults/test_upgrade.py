@@ -70,7 +70,7 @@ def test_what_version_1_has_left_is_moved_to_its_end(make_site: Callable[..., Si
         assert len(version) == 8
     queue = site.app.tasks["queue"]
     run = next(iter(run["id"] for run in engine_of(site.app).transitions.show("queue", "v1:dispatched").runs))
-    assert [each.key for each in Coalescer(site.app).runs()] == ["v1:dispatched"]  # the first that was touched
+    assert "v1:dispatched" in [each.key for each in Coalescer(site.app).runs()]
     queue.apply_async(("v1:dispatched", 4), task_id="dispatched-(4,)")
     header = run_header(state_id("queue", "v1:dispatched"), run)
     site.app.send_task("queue", ("v1:dispatched", 1), task_id="dispatched-(1,)", headers={HEADER: header})
@@ -107,7 +107,7 @@ def test_what_version_1_has_left_is_moved_to_its_end(make_site: Callable[..., Si
     assert Coalescer(site.app).runs() == []
 
 
-def test_version_1_refuses_what_version_2_has_written(site: Site, journal: Journal) -> None:
+def test_version_1_refuses_what_this_version_has_written(site: Site, journal: Journal) -> None:
     """Its scripts know that they can not read it, and change nothing."""
     queue = site.app.tasks["queue"]
     result = queue.delay(journal.key(), 1)
@@ -134,10 +134,10 @@ class TestARecordOfANewerVersion:
         """An `OperationalError` that says why; other keys are none of it."""
         queue = site.app.tasks["queue"]
         queue.delay(journal.key(), 1)
-        self.set_version(site, journal.key(), 3)
+        self.set_version(site, journal.key(), 4)
         with site.state.client(decode_responses=False) as client:
             before = client.hgetall(record(journal.key()))
-            with pytest.raises(NewerRecord, match=r"written by a newer celery-coalesce \(version 3\)") as raised:
+            with pytest.raises(NewerRecord, match=r"written by a newer celery-coalesce \(version 4\)") as raised:
                 queue.delay(journal.key(), 2)
             assert client.hgetall(record(journal.key())) == before
         assert isinstance(raised.value, OperationalError)
@@ -156,7 +156,7 @@ class TestARecordOfANewerVersion:
         site = make_site(coalesce_redispatch_after=2)
         queue = site.app.tasks["queue"]
         newer = queue.delay(journal.key(), 1)
-        self.set_version(site, journal.key(), 3)
+        self.set_version(site, journal.key(), 4)
         worker = site.worker()
         wait_until(lambda: "written by a newer celery-coalesce" in worker.logs(), 20)
         assert queue.delay(journal.key("other"), 2).get(timeout=20) == 2
@@ -184,12 +184,12 @@ class TestARecordOfANewerVersion:
         journal.wait("start", timeout=20)
         second = queue.delay(journal.key(), 2)
         other = queue.delay(journal.key("other"), 3, gate="g")
-        self.set_version(site, journal.key(), 3)
+        self.set_version(site, journal.key(), 4)
         journal.open("g")
         assert first.get(timeout=20) == 1
         wait_until(lambda: "could not be reported yet" in worker.logs(), 20)
         journal.wait("start", key="other", timeout=20)
-        self.set_version(site, journal.key("other"), 3)
+        self.set_version(site, journal.key("other"), 4)
         journal.open("g")
         assert other.get(timeout=20) == 3
         wait_until(lambda: worker.logs().count("could not be reported yet") == 2, 20)

@@ -97,9 +97,7 @@ def test_a_spoilt_record_is_refused_and_keeps_nobody_else(
     wait_until(free, 20)
 
 
-@pytest.mark.parametrize(
-    "name", ["timers", "presence", "meta", "drains", "limits", "slots", "lines", "resting"]
-)
+@pytest.mark.parametrize("name", ["timers", "presence", "meta", "drains", "limits", "slots", "lines", "resting"])
 def test_an_index_of_the_wrong_type_is_an_error_and_no_crash(
     app: HarnessApp, worker: WorkerProcess, journal: Journal, client: redis.Redis, name: str
 ) -> None:

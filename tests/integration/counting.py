@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: By what a transition is called: as a function of the server's, or as a script.
+TRANSITION = frozenset({"FCALL", "EVALSHA", "EVAL"})
+
+
 class CountingProxy:
     """Forwards to a server, and notes every command that passes.
 
@@ -49,9 +53,9 @@ class CountingProxy:
             self.round_trips = 0
 
     def counted(self) -> dict[str, int]:
-        """Return how often each command was sent."""
+        """Return how often each command was sent, a transition by whichever it is called."""
         with self._guard:
-            return dict(Counter(self.commands))
+            return dict(Counter("transition" if name in TRANSITION else name for name in self.commands))
 
     def _accept(self) -> None:
         with suppress(OSError):

@@ -131,7 +131,9 @@ def same(one: Any, other: Any) -> bool:
     """Compare two replies or snapshots; numbers above 20 are times, which go on between them."""
     if isinstance(one, bytes) and isinstance(other, bytes):
         texts = [WAITS.fullmatch(text) for text in (one, other)]
-        one, other = ([text[1], int(text[2]), text[3]] if text else each for text, each in zip(texts, (one, other)))
+        one, other = (
+            [text[1], int(text[2]), text[3]] if text else each for text, each in zip(texts, (one, other), strict=True)
+        )
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):

@@ -26,6 +26,12 @@ def fresh(app: HarnessApp, journal: Journal) -> None:
     app.tasks["queue"].delay(journal.key(), 2)
 
 
+def published(app: HarnessApp, journal: Journal) -> None:
+    """The same with a producer of the caller's own, which no script takes the message from."""
+    with app.producer_or_acquire() as producer:
+        app.tasks["queue"].apply_async((journal.key(), 2), producer=producer)
+
+
 def joining(app: HarnessApp, journal: Journal) -> None:
     """Call, with callbacks and an id of its own, on a key whose run waits in the broker."""
     link = app.tasks["collect"].s(key=journal.key("link"))
@@ -64,7 +70,7 @@ def hold(app: HarnessApp, journal: Journal) -> None:
 
 
 CALLS: dict[str, Callable[[HarnessApp, Journal], None]] = {
-    call.__name__: call for call in (fresh, joining, unpublished, batch, delayed, hold)
+    call.__name__: call for call in (fresh, published, joining, unpublished, batch, delayed, hold)
 }
 
 

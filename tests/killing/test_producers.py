@@ -19,15 +19,13 @@ from tests.support.worker import WorkerProcess
 
 #: By the call: the points before its trigger was accepted (or after it was taken back), and those from then on.
 POINTS = {
-    "fresh": ("before:trigger", "after:trigger after:publish.queue after:emit.trigger"),
-    "joining": ("before:trigger", "after:trigger after:emit.trigger"),
+    "fresh": ("before:publish", "after:publish after:emit.trigger"),
+    "published": ("before:trigger", "after:trigger after:publish.queue after:emit.trigger"),
+    "joining": ("before:publish", "after:publish after:emit.trigger"),
     "unpublished": ("before:trigger after:rollback", "after:trigger before:rollback"),
     "batch": (
         "before:triggers",
-        """
-        after:triggers after:publish.queue after:publish.queue:2 after:emit.trigger after:emit.trigger:2
-        after:emit.trigger:3
-        """,
+        "after:triggers after:emit.trigger after:emit.trigger:2 after:emit.trigger:3",
     ),
     "delayed": ("before:trigger", "after:trigger after:publish.queue after:emit.trigger"),
     "hold": (

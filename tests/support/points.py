@@ -174,13 +174,15 @@ def _call(self: RedisStore, script: str, keys: Sequence[str], *argv: Any) -> Any
 
 
 def _call_at_once(self: RedisStore, calls: Sequence[tuple[Any, ...]]) -> Any:
-    with _effect(f"{calls[0][0]}s"):
+    name = "trigger" if calls[0][0] == "publish" else calls[0][0]
+    with _effect(f"{name}s"):
         return iter(list(_originals["_call_at_once"](self, calls)))
 
 
 def _publish(self: Producer, *args: Any, **kwargs: Any) -> Any:
     task = (kwargs.get("headers") or {}).get("task")
-    if task is None:  # an event, or an answer to a remote control command
+    # An event, or an answer to a remote control command; or a message that a script is to push is only made here.
+    if task is None or "conn_or_acquire" in self.channel.__dict__:
         return _originals["publish"](self, *args, **kwargs)
     with _effect(f"publish.{task}"):
         return _originals["publish"](self, *args, **kwargs)
