@@ -71,9 +71,14 @@ class Operating(Base):
         """Return a key's record, ``None`` if the key is idle."""
         return self.show_state(state_id(scope, key))
 
-    def show_state(self, state: str) -> RecordView | None:
-        """Return the record with a state id, ``None`` if its key is idle."""
-        reply = self._call("show", self.store.names.record(state), state, {})
+    def show_state(self, state: str, run: str | None = None) -> RecordView | None:
+        """Return the record with a state id, ``None`` if its key is idle.
+
+        Args:
+            state: The state id.
+            run: Only this run of it.
+        """
+        reply = self._call("show", self.store.names.record(state), state, {"run": run})
         if as_text(reply[0]) == Answer.IDLE:
             return None
         view = json.loads(reply[2])
@@ -82,11 +87,11 @@ class Operating(Base):
     def lease_of(self, ref: str, owner: str) -> Lease | None:
         """Return the lease of that name, if the process still holds it."""
         state, run_id = ref.split("/")
-        view = self.show_state(state)
+        view = self.show_state(state, run_id)
         if view is None:
             return None
         for run in view.runs:
-            if run["id"] == run_id and run.get("owner") == owner:
+            if run.get("owner") == owner:
                 return Lease(
                     state=state,
                     run=run_id,

@@ -14,15 +14,15 @@ from tests.faults.stories import assert_told_once
 from tests.integration.sites import LEASE, Site
 from tests.support.app import make_app
 from tests.support.journal import Journal
-from tests.support.process import HOST
+from tests.support.process import HOST, wait_until
 from tests.support.proxy import FAULTS, TCPProxy
 from tests.support.servers import ValkeyServer
 from tests.support.worker import WorkerProcess
 
 
 def sha(name: str) -> bytes:
-    """Return what a request for a transition contains."""
-    return script(name).sha.encode()
+    """Return what a request for a transition contains, be it for the script or for the function."""
+    return script(name).sha[:12].encode()
 
 
 #: Phase -> whose request it is, and what it contains.
@@ -112,3 +112,36 @@ def test_one_request_goes_wrong(fault: str, phase: str, site: Site, journal: Jou
     log = site.make_worker().logs()[logged:]
     assert ("was published again" in log) == (fault == "drop reply" and phase == "trigger")
     assert "has not heard of it" not in log
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_call_goes_wrong_whose_message_its_script_pushes(
+    fault: str, state_server: ValkeyServer, journal: Journal
+) -> None:
+    """Asked again, it pushes nothing again: one message, one run; and none is left."""
+    url = state_server.new_db()
+    database = url.rsplit("/", 1)[1]
+    with ExitStack() as stack:
+        proxy = stack.enter_context(TCPProxy(state_server.port))
+        through = f"redis://{HOST}:{proxy.port}/{database}"
+        app = stack.enter_context(make_app(through, url))
+        stack.enter_context(WorkerProcess.serving(app, broker=url, concurrency=2))
+        client = stack.enter_context(state_server.client(int(database)))
+        app.tasks["queue"].delay(journal.key("warm"), 0).get(timeout=20)
+        proxy.strike(fault, sha("publish"))
+
+        first = call(app.tasks["queue"], journal.key(), value=1, gate="g")
+        journal.wait("start", key="key", timeout=20)
+        second = call(app.tasks["queue"], journal.key(), value=2)
+        journal.open("g", 2)
+
+        assert proxy.struck.is_set()
+        assert second.get(timeout=20) == 2
+        assert first.get(timeout=20) in (1, 2)
+        journal.wait("coalesce_drain", key="key", timeout=20)
+        wait_until(lambda: not list(client.scan_iter(match="{coalesce}:rec:*")), 20)
+        assert_told_once(journal, runs=2)
+        assert client.llen("celery") == 0
+        triggers = sum(each["coalesce_triggers"] for each in journal.events("start", key="key"))
+        # A caller who gave up, and calls again, has called twice.
+        assert triggers == (3 if fault == "drop reply" else 2)
