@@ -1,0 +1,253 @@
+"""Messages that the script pushes which accepts their call: the same as Celery's own, and only where nobody could tell."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from celery.signals import after_task_publish, before_task_publish
+from kombu import Exchange, Queue
+from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
+
+from celery_coalesce.engine import engine_of
+from tests.support.app import HarnessApp
+from tests.support.journal import Journal
+from tests.support.process import wait_until
+
+MakeApp = Callable[..., HarnessApp]
+
+
+class Asked:
+    """What transitions an app asks for."""
+
+    def __init__(self, app: HarnessApp, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        store = engine_of(app).transitions.store
+        plain, many = store.call, store.call_many
+
+        def call(name: str, keys: Any, *argv: Any) -> Any:
+            self.names.append(name)
+            return plain(name, keys, *argv)
+
+        def call_many(calls: Any) -> Any:
+            if len(calls) > 1:
+                self.names += [name for name, *_ in calls]
+            return many(calls)
+
+        monkeypatch.setattr(store, "call", call)
+        monkeypatch.setattr(store, "call_many", call_many)
+
+
+@pytest.fixture
+def app(make_app: MakeApp) -> HarnessApp:
+    """An app whose broker is its state server, without a worker."""
+    return make_app()
+
+
+@pytest.fixture
+def asked(app: HarnessApp, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """What it asks for."""
+    return Asked(app, monkeypatch)
+
+
+def messages(app: HarnessApp, queue: str = "") -> list[dict[str, Any]]:
+    """Take the messages out of a queue, the oldest first."""
+    with app.connection_for_read() as connection:
+        client = connection.default_channel.client
+        name = queue or app.conf.task_default_queue
+        found = [json.loads(message) for message in reversed(client.lrange(name, 0, -1))]
+        client.delete(name)
+    return found
+
+
+def test_a_pushed_message_is_the_one_that_celery_would_publish(app: HarnessApp, asked: Asked, journal: Journal) -> None:
+    """Field by field, but for what is another in every message."""
+    queue = app.tasks["queue"]
+    given: dict[str, Any] = {"headers": {"x": 1}, "shadow": "s", "time_limit": 9, "expires": 60, "priority": 3}
+    pushed = queue.apply_async((journal.key(), "é"), {"gate": "g"}, **given)
+    [one] = messages(app, "celery\x06\x163")
+    with app.producer_or_acquire() as producer:
+        published = queue.apply_async((journal.key("other"), "é"), {"gate": "g"}, producer=producer, **given)
+    [other] = messages(app, "celery\x06\x163")
+    assert asked.names == ["publish", "trigger"]
+    for message, result in ((one, pushed), (other, published)):
+        headers, properties = message["headers"], message["properties"]
+        assert headers.pop("id") == headers.pop("root_id") == properties.pop("correlation_id") == result.id
+        assert headers["coalesce"].pop("run") == str(result.run_id)
+        assert headers["coalesce"].pop("state")
+        assert properties.pop("delivery_tag")
+        assert journal.name in headers.pop("argsrepr")
+        assert message.pop("body")
+    assert one == other
+
+
+def test_a_busy_key_is_asked_for_without_a_message(app: HarnessApp, asked: Asked, journal: Journal) -> None:
+    """The first call that joins has made one for nothing; those that come soon after it do not."""
+    results = [app.tasks["queue"].delay(journal.key(), n) for n in range(4)]
+    assert asked.names == ["publish", "publish", "trigger", "trigger"]
+    assert [result.coalesced for result in results] == [False, True, True, True]
+    assert len(messages(app)) == 1
+
+
+def test_of_a_batch_each_key_has_one_message_made(app: HarnessApp, asked: Asked, journal: Journal) -> None:
+    """The rest of its calls are likely to join."""
+    keys = [journal.key(name) for name in ("a", "b", "a", "a", "b")]
+    app.tasks["queue"].batch_delay([(key,) for key in keys])
+    assert asked.names == ["publish", "publish", "trigger", "trigger", "trigger"]
+    assert len(messages(app)) == 2
+
+
+def test_a_key_that_was_taken_to_be_busy_costs_a_second_round_trip(
+    app: HarnessApp, asked: Asked, journal: Journal
+) -> None:
+    """And nothing else: its message is published as ever."""
+    queue = app.tasks["queue"]
+    for n in range(2):
+        queue.delay(journal.key(), n)
+    assert queue.clear_key(journal.key()) == 1
+    messages(app)
+    result = queue.delay(journal.key(), 3)
+    assert asked.names[-1] == "trigger"
+    [message] = messages(app)
+    assert message["headers"]["coalesce"]["run"] == str(result.run_id)
+
+
+@pytest.mark.parametrize("signal", [before_task_publish, after_task_publish])
+def test_nobody_is_told_of_a_message_that_is_not_sent(
+    signal: Any, app: HarnessApp, asked: Asked, journal: Journal
+) -> None:
+    """Where somebody listens, messages are published as ever: one for the two calls."""
+    told: list[str] = []
+
+    def receiver(sender: Any = None, **_: Any) -> None:
+        told.append(sender)
+
+    signal.connect(receiver)
+    try:
+        for n in range(2):
+            app.tasks["queue"].delay(journal.key(), n)
+    finally:
+        signal.disconnect(receiver)
+    assert asked.names == ["trigger", "trigger"]
+    assert told == ["queue"]
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"coalesce_publish_by_script": False},
+        {"task_send_sent_event": True},
+        {"task_queues": [Queue("celery", Exchange("celery"), expires=60)]},
+        {"task_queues": [Queue("celery", Exchange("all", type="fanout"))]},
+    ],
+    ids=["turned off", "sent events", "a queue that expires", "fanout"],
+)
+def test_what_is_more_than_one_push_is_left_to_the_producer(
+    conf: dict[str, Any], make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, journal: Journal
+) -> None:
+    """The message of a call that makes a run is published as ever."""
+    app = make_app(conf=conf)
+    asked = Asked(app, monkeypatch)
+    app.tasks["queue"].delay(journal.key(), 1)
+    assert asked.names == ["trigger"]
+    assert len(messages(app)) == ("fanout" not in str(conf))
+
+
+def test_a_topic_with_one_queue_is_one_push(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, journal: Journal
+) -> None:
+    """Wherever it goes in the end."""
+    app = make_app(conf={"task_queues": [Queue("celery", Exchange("some", type="topic"), routing_key="#")]})
+    asked = Asked(app, monkeypatch)
+    app.tasks["queue"].delay(journal.key(), 1)
+    assert asked.names == ["publish"]
+    assert len(messages(app)) == 1
+
+
+def test_the_broker_s_prefix_is_kept(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, journal: Journal) -> None:
+    """`global_keyprefix`: kombu's client puts it before names."""
+    app = make_app(conf={"broker_transport_options": {"global_keyprefix": "p:"}})
+    asked = Asked(app, monkeypatch)
+    app.tasks["queue"].delay(journal.key(), 1)
+    assert asked.names == ["publish"]
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        assert channel.client.llen("celery") == 1
+        assert {name.decode() for name in channel.client.keys("*celery*")} >= {"p:celery"}
+
+
+def test_what_can_not_be_pushed_is_published_and_what_can_not_be_published_is_taken_back(
+    app: HarnessApp, asked: Asked, journal: Journal
+) -> None:
+    """The queue's name is taken by something else: the caller hears of it, and nothing is left behind."""
+    app.tasks["queue"].delay(journal.key("warm"), 1)
+    messages(app)
+    with app.connection_for_write() as connection:
+        client = connection.default_channel.client
+        client.set("celery", "no list")
+        with pytest.raises((ResponseError, OperationalError), match="WRONGTYPE"):
+            app.tasks["queue"].delay(journal.key(), 1)
+        client.delete("celery")
+    assert asked.names == ["publish", "publish", "rollback"]
+    assert engine_of(app).transitions.show("queue", journal.key()) is None
+    assert app.tasks["queue"].delay(journal.key(), 2).disposition == "dispatched"
+
+
+class TestTheWire:
+    """Connections that nobody looks into before they are used."""
+
+    def test_one_that_was_closed_while_idle_is_opened_again_at_once(self, app: HarnessApp, journal: Journal) -> None:
+        """By the server's own timeout, or somebody else's."""
+        queue, transitions = app.tasks["queue"], engine_of(app).transitions
+        queue.delay(journal.key(), 1)
+        with transitions.store._connected() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        assert queue.delay(journal.key(), 2).coalesced
+
+    def test_a_reply_is_nobody_else_s(self, app: HarnessApp, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever is interrupted while it waits leaves no reply behind for the next."""
+        from redis.connection import Connection
+
+        queue = app.tasks["queue"]
+        first = queue.delay(journal.key(), 1)
+        read = Connection.read_response
+
+        def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Connection, "read_response", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            queue.delay(journal.key("other"), 1)
+        monkeypatch.setattr(Connection, "read_response", read)
+        assert queue.delay(journal.key(), 2).run_task_id == first.id
+
+    def test_a_fork_has_connections_of_its_own(self, app: HarnessApp, journal: Journal) -> None:
+        """Neither reads the other's replies."""
+        queue = app.tasks["queue"]
+        runs = [queue.delay(journal.key(str(n)), 0).run_task_id for n in range(2)]
+        children = []
+        for n in range(2):
+            pid = os.fork()
+            if pid == 0:
+                with suppress(BaseException):
+                    same = {queue.delay(journal.key(str(n)), value).run_task_id for value in range(50)}
+                    os._exit(0 if same == {runs[n]} else 1)
+                os._exit(2)
+            children.append(pid)
+        same = {queue.delay(journal.key("0"), value).run_task_id for value in range(50)}
+        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        assert same == {runs[0]}
+        assert ended == [0, 0]
+
+
+def test_a_killed_caller_leaves_a_message_or_nothing(app: HarnessApp, journal: Journal) -> None:
+    """As state and message are one: whoever is accepted has both."""
+    result = app.tasks["queue"].delay(journal.key(), 1)
+    wait_until(lambda: engine_of(app).transitions.show("queue", journal.key()), 5)
+    [message] = messages(app)
+    assert message["headers"]["id"] == result.id
