@@ -1,4 +1,4 @@
-"""Messages that the script pushes which accepts their call: the same as Celery's own, and only where nobody could tell."""
+"""Messages that the script pushes which accepts their call: Celery's own, and only where nobody could tell."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ class Asked:
 
     def __init__(self, app: HarnessApp, monkeypatch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
+        self.calls: list[tuple[Any, ...]] = []
         store = engine_of(app).transitions.store
         plain, many = store.call, store.call_many
 
         def call(name: str, keys: Any, *argv: Any) -> Any:
             self.names.append(name)
+            self.calls.append((name, keys, *argv))
             return plain(name, keys, *argv)
 
         def call_many(calls: Any) -> Any:
@@ -100,6 +102,15 @@ def test_of_a_batch_each_key_has_one_message_made(app: HarnessApp, asked: Asked,
     app.tasks["queue"].batch_delay([(key,) for key in keys])
     assert asked.names == ["publish", "publish", "trigger", "trigger", "trigger"]
     assert len(messages(app)) == 2
+
+
+def test_a_call_that_is_asked_again_pushes_nothing_again(app: HarnessApp, asked: Asked, journal: Journal) -> None:
+    """Its reply was lost: the same answer, and the one message."""
+    result = app.tasks["queue"].delay(journal.key(), 1)
+    [call] = asked.calls
+    again = engine_of(app).transitions.store.call(*call)
+    assert again.decode() == f"dispatched {result.run_id} dispatched -1 {result.id}"
+    assert len(messages(app)) == 1
 
 
 def test_a_key_that_was_taken_to_be_busy_costs_a_second_round_trip(
