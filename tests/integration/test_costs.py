@@ -45,7 +45,8 @@ def test_of_runs_that_go_on_a_call_looks_at_a_few(drive: Driver) -> None:
         return sum(commands(drive, lambda: drive.trigger(1, key=key, limit=limit)).values())
 
     few, many = joining(8), joining(200)
-    assert abs(many - few) <= 4
+    # Of 200 it looks at eight, of eight at four or more, with two commands each.
+    assert many <= few + 2 * 8
 
 
 @pytest.mark.parametrize("many", [2, 250])
