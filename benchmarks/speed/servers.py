@@ -29,9 +29,10 @@ class Server:
         return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
     def memory(self) -> int:
-        """Return the bytes that its data takes, buffers of clients and the text of scripts apart."""
+        """Return the bytes that its data takes, buffers of clients and the text of scripts and functions apart."""
         info: Any = self.client.info("memory")
-        return int(info["used_memory"] - info["mem_clients_normal"] - info.get("used_memory_scripts_eval", 0))
+        beside = sum(info.get(name, 0) for name in ("used_memory_scripts_eval", "used_memory_functions"))
+        return int(info["used_memory"] - info["mem_clients_normal"] - beside)
 
     def version(self) -> str:
         """Return what it calls itself."""

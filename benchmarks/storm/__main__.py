@@ -61,7 +61,7 @@ def settle(world: World, log: Log, within: float) -> None:
         value = meta["result"]
         run = value.get("run") if isinstance(value, dict) else None
         log.write("result", task_id=task_id, state=meta["status"], run=run)
-    with world.store.client() as client:
+    with world.store.client(db=world.db) as client:
         names = sorted(client.scan_iter("{coalesce}:*", count=1000))
     left = [name.partition(":")[2] for name in names]
     log.write("residue", keys=[name for name in left if name not in ALLOWED and not name.startswith(ASKED_FOR)])

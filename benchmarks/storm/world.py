@@ -82,12 +82,14 @@ class World:
         # What is told is on disk before it is acknowledged, so that a killed store has lost nothing.
         self.store = self._stack.enter_context(RedisServer(aof=True))
         self._results = self._stack.enter_context(ValkeyServer())
+        #: The database of the store; where that is the broker as well, the same.
+        self.db = int(broker == "redis")
         self.broker: Any = self._stack.enter_context(RabbitServer()) if broker == "rabbitmq" else self.store
         self.settings: dict[str, Any] = {
             "directory": str(directory),
-            "broker": self.broker.url if broker == "rabbitmq" else self.store.url(1),
+            "broker": self.broker.url if broker == "rabbitmq" else self.store.url(self.db),
             "backend": self._results.url(),
-            "store": self.store.url(),
+            "store": self.store.url(self.db),
             "keys": keys,
             "lease": lease,
             "redispatch_after": redispatch_after,
@@ -96,7 +98,7 @@ class World:
         self.lines: dict[WorkerProcess, TCPProxy] = {}
         for pool, concurrency in WORKERS:
             line = self._stack.enter_context(TCPProxy(self.store.port))
-            through = self.settings | {"store": self.store.url().replace(str(self.store.port), str(line.port))}
+            through = self.settings | {"store": self.store.url(self.db).replace(str(self.store.port), str(line.port))}
             worker = WorkerProcess(
                 "benchmarks.storm.tasks",
                 broker=self.settings["broker"],
@@ -114,7 +116,9 @@ class World:
             worker.start()
         self.producers: list[ProducerProcess] = []
         for number in range(producers):
-            producer = ProducerProcess(f"{seed}.{number}", producers / rate, json.dumps(self.settings))
+            # Of the store nothing is said where the broker is one: so scripts push their calls' messages.
+            own = self.settings | ({"store": None} if broker == "redis" else {})
+            producer = ProducerProcess(f"{seed}.{number}", producers / rate, json.dumps(own))
             self.producers.append(producer)
             self._stack.callback(producer.close)
 
@@ -131,7 +135,7 @@ class World:
     def messages(self, queue: str) -> int:
         """Return how many messages of a queue wait for a worker."""
         if self.broker is self.store:
-            with self.store.client(db=1) as client:
+            with self.store.client(db=self.db) as client:
                 return int(client.llen(queue))  # type: ignore[arg-type]
         with app.connection_for_write() as connection:
             return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
@@ -146,7 +150,7 @@ class World:
         if self.messages(CALLBACKS):
             return False
         if self.broker is self.store:
-            with self.store.client(db=1) as client:
+            with self.store.client(db=self.db) as client:
                 return not client.exists("unacked")
         return True
 

@@ -188,7 +188,9 @@ class RedisStore:
 
     def close(self) -> None:
         """Close the connections of this process."""
-        client, self._client, self._wire = self._client, None, None
+        client, wire, self._client, self._wire = self._client, self._wire, None, None
+        if wire is not None:
+            wire.close()
         if client is not None:
             client.close()
 

@@ -66,6 +66,11 @@ class Wire:
         finally:
             self._idle.append(connection)
 
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        while self._idle:
+            self._idle.pop().disconnect()
+
     def _taken(self) -> Any:
         if self._pid != os.getpid():
             # Those of the process that this one was forked from are its own.
@@ -73,7 +78,7 @@ class Wire:
         try:
             return self._idle.pop()
         except IndexError:
-            return self._pool.get_connection()
+            return self._pool.make_connection()
 
 
 def _exchanged(connection: Any, sent: bytes, count: int) -> list[Any]:

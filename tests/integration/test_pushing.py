@@ -19,6 +19,9 @@ from tests.support.app import HarnessApp
 from tests.support.journal import Journal
 from tests.support.process import wait_until
 
+#: By what each supported version of kombu does.
+pytestmark = pytest.mark.core
+
 MakeApp = Callable[..., HarnessApp]
 
 
@@ -163,6 +166,9 @@ def test_what_is_more_than_one_push_is_left_to_the_producer(
 ) -> None:
     """The message of a call that makes a run is published as ever."""
     app = make_app(conf=conf)
+    with app.connection_for_write() as connection:
+        if "expires" in str(conf) and not hasattr(connection.default_channel, "_expires"):
+            pytest.skip("to this kombu a queue that expires is like any other")
     asked = Asked(app, monkeypatch)
     app.tasks["queue"].delay(journal.key(), 1)
     assert asked.names == ["trigger"]
