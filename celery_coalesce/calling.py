@@ -30,6 +30,8 @@ from .triggering import Asking, accept_all, report
 from .views import RunMeta
 
 if TYPE_CHECKING:
+    from celery.result import AsyncResult
+
     from .policy import Policy
     from .pushing import Pusher
     from .result import CoalescedResult
@@ -154,6 +156,14 @@ def _dumped(task: Any, arguments: Arguments, options: Mapping[str, Any]) -> Argu
         return arguments
     dumped: Arguments = dump(*arguments)
     return dumped
+
+
+def _let_go(result: AsyncResult) -> None:
+    """Let a result go that the caller gets another one of.
+
+    As it goes it would unsubscribe from what that one waits for (celery.result.AsyncResult.__del__, 5.5-5.7).
+    """
+    result.backend = None
 
 
 class ExemptCall:
@@ -305,7 +315,7 @@ class Call:
             headers = {**options["headers"], "ignore_result": not self._stores}
             # A result is subscribed to once it is known that this call has one of its own.
             options |= {"headers": headers, "ignore_result": True, "retry": False}
-            self._plain(task_id=self._task_id, producer=producer, **options)
+            _let_go(self._plain(task_id=self._task_id, producer=producer, **options))
 
         self._trigger = replace(self._trigger, push=pusher.made(producer, publish))
 
@@ -357,7 +367,7 @@ class Call:
 
     def _publish_run(self, accepted: Accepted, producer: Any) -> None:
         options = self._message_options(accepted.run, accepted.delay or 0)
-        self._plain(task_id=accepted.task_id, producer=producer, **options)
+        _let_go(self._plain(task_id=accepted.task_id, producer=producer, **options))
 
     def _message_options(self, run: str, delay: int) -> dict[str, Any]:
         """Return what the message of a run is published with, that waits for some milliseconds."""

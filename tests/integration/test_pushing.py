@@ -217,6 +217,21 @@ def test_what_can_not_be_pushed_is_published_and_what_can_not_be_published_is_ta
     assert app.tasks["queue"].delay(journal.key(), 2).disposition == "dispatched"
 
 
+@pytest.mark.parametrize("pushes", [True, False])
+def test_a_caller_is_subscribed_to_its_result(pushes: bool, app: HarnessApp, asked: Asked, journal: Journal) -> None:
+    """As Celery's own is, from before the message is sent; and a call that joins, to nothing of its own."""
+    consumer = app.backend.result_consumer
+    with app.producer_or_acquire() as producer:
+        given: dict[str, Any] = {} if pushes else {"producer": producer}
+        first = app.tasks["queue"].apply_async((journal.key(), 1), **given)
+        subscribed = set(consumer.subscribed_to)
+        second = app.tasks["queue"].apply_async((journal.key(), 2), **given)
+    assert asked.names[0] == ("publish" if pushes else "trigger")
+    assert app.backend.get_key_for_task(first.id) in subscribed
+    assert set(consumer.subscribed_to) == subscribed
+    assert second.id == first.id
+
+
 class TestTheWire:
     """Connections that nobody looks into before they are used."""
 
