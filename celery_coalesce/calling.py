@@ -1,15 +1,10 @@
-"""Calls of a coalesced task: their triggers, their messages if they make any, and their results.
-
-One call and a batch of them go the same way: each is made ready, which refuses what is invalid; then all triggers are
-accepted, then all messages are published, then all is reported.
-"""
+"""A call of a coalesced task: its trigger, its message if it makes one, and its result."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +16,12 @@ from .context import ATTRIBUTE, Run
 from .dispatch import publish_all, run_header
 from .endings import done_once, take_back, tell_caller
 from .engine import engine_of
-from .errors import CoalesceError, QueueFull, StoreUnavailable
+from .errors import CoalesceError, QueueFull
 from .keys import state_id
 from .records import Accepted, Trigger
-from .states import Disposition, Outage, RunState
+from .states import Disposition, RunState
 from .ticks import tick_of
-from .triggering import Asking, accept_all, report
+from .triggering import Asking, report
 from .views import RunMeta
 
 if TYPE_CHECKING:
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
     from .pushing import Pusher
     from .result import CoalescedResult
 
-__all__ = ["Call", "ExemptCall", "make_calls"]
+__all__ = ["Call", "ExemptCall"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -46,102 +41,6 @@ HELD = frozenset({"headers", "countdown", "eta", "expires", "add_to_parent"})
 #: Positional and keyword arguments of a call.
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 Plain = Callable[..., Any]
-
-
-def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = None) -> list[CoalescedResult]:
-    """Make calls of a task.
-
-    Args:
-        task: The task.
-        calls: The calls, made ready.
-        producer: A kombu producer to publish with.
-
-    Returns:
-        Their results, in their order.
-
-    Raises:
-        StoreUnavailable: The state server can not be reached, and calls are not published without it.
-        kombu.exceptions.OperationalError: The broker can not be reached. What was not published is taken back.
-        Exception: Whatever a merge function raises.
-    """
-    asked = [call for call in calls if isinstance(call, Call)]
-    try:
-        try:
-            _accept(task, asked, producer)
-        except BaseException:
-            # What was accepted is covered by a run, whatever became of those behind it.
-            _publish(task, [call for call in asked if call.sends], asked, producer)
-            raise
-        _publish(task, [call for call in calls if call.sends], asked, producer)
-    finally:
-        for call in asked:
-            call.conclude()
-    return [call.result() for call in calls]
-
-
-def _accept(task: Any, calls: Sequence[Call], producer: Any) -> None:
-    if not calls:
-        return
-    engine = engine_of(calls[0].app)
-    if engine.pusher is not None and producer is None and engine.pusher.is_free():
-        _make_messages(task, engine.pusher, calls)
-    try:
-        for position, reply in accept_all(engine, [call.ask() for call in calls]):
-            calls[position].take(reply)
-    except StoreUnavailable:
-        if engine.settings.on_outage is Outage.RAISE:
-            raise
-        for call in calls:
-            call.uncoalesced = call.accepted is None
-
-
-def _make_messages(task: Any, pusher: Pusher, calls: Sequence[Call]) -> None:
-    """Make the messages that are pushed as their calls are accepted: of each key, if it is likely to be idle, one."""
-    first = {call.state: call for call in reversed(calls)}
-    pushing = [call for call in first.values() if call.can_be_pushed and not pusher.was_busy(call.state)]
-    if not pushing:
-        return
-    try:
-        with task.app.producer_or_acquire() as one:
-            for call in pushing:
-                call.make_message(pusher, one)
-    except Exception as error:
-        # The broker is this very server: whoever asks it to accept the call is told what is wrong.
-        logger.debug("No message could be made: %r", error, extra={"action": "not_pushed"})
-
-
-def _publish(task: Any, sending: Sequence[Call | ExemptCall], asked: Iterable[Call], producer: Any) -> None:
-    """Publish in order, all with one producer; take back what could not be."""
-    if not sending:
-        return
-    done = 0
-    try:
-        shared = task.app.producer_or_acquire(producer) if len(sending) > 1 else nullcontext(producer)
-        with shared as one:
-            for call in sending:
-                call.publish(one)
-                done += 1
-    except BaseException:
-        _take_back([call for call in sending[done:] if isinstance(call, Call) and call.dispatches], asked)
-        raise
-
-
-def _take_back(unpublished: Sequence[Call], asked: Iterable[Call]) -> None:
-    covered: dict[str, list[Call]] = {}
-    for call in asked:
-        if call.accepted is not None:
-            covered.setdefault(call.accepted.run, []).append(call)
-    for position, call in enumerate(unpublished):
-        try:
-            call.take_back(covered[call.run])
-        except CoalesceError:
-            for left in unpublished[position:]:
-                logger.warning(
-                    "Run %s could be neither published nor taken back; it will be dispatched again",
-                    left.run,
-                    extra={"action": "rollback_failed", "run_id": left.run},
-                )
-            return
 
 
 def _serializer(task: Any, options: Mapping[str, Any]) -> str | None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Task
 
-from .calling import Call, ExemptCall, make_calls
+from .calling import Call, ExemptCall
 from .calls import HEADER
+from .making import make_calls
 
 if TYPE_CHECKING:
     from .errors import OptionError
