@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from celery_coalesce.records import Timing
 from celery_coalesce.states import Disposition
 from tests.integration.driver import Driver
 from tests.integration.test_batches import asked
+from tests.support.servers import ValkeyServer
 
 MakeDriver = Callable[..., Driver]
 
@@ -25,6 +28,13 @@ def commands(drive: Driver, do: Callable[[], Any]) -> dict[str, int]:
     stats: Any = drive.client.info("commandstats")
     counted = {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
     return {name: calls for name, calls in counted.items() if name not in AROUND}
+
+
+@pytest.fixture
+def make_driver() -> Iterator[MakeDriver]:
+    """Make a driver on a server of the test's own: `make_driver(**timing)`. Others' commands are not to be counted."""
+    with ValkeyServer() as server, server.client(decode_responses=False) as client:
+        yield lambda **timing: Driver(client, "ns", replace(Timing(), **timing))
 
 
 @pytest.fixture
