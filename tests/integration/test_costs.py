@@ -17,7 +17,7 @@ from tests.support.servers import ValkeyServer
 MakeDriver = Callable[..., Driver]
 
 #: What is no part of a transition.
-AROUND = {"fcall", "evalsha", "eval", "config|resetstat", "info"}
+AROUND = {"fcall", "evalsha", "eval", "function|load", "config|resetstat", "info"}
 
 
 def commands(drive: Driver, do: Callable[[], Any]) -> dict[str, int]:
