@@ -90,7 +90,9 @@ def accept_all(engine: Engine, asked: Sequence[Asking]) -> Iterator[tuple[int, A
     for _ in range(MOST_MERGES):
         wanted: dict[str, MergeWanted] = {}
         again: dict[str, list[int]] = {}
-        for position, reply in zip(list(left), engine.transitions.triggers(list(left.values())), strict=True):
+        positions = list(left)
+        for index, reply in engine.transitions.triggers(list(left.values())):
+            position = positions[index]
             if not isinstance(reply, MergeWanted):
                 yield position, reply
                 continue

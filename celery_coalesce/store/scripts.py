@@ -23,8 +23,10 @@ _COMMENT = re.compile(r"^\s*--.*\n", re.MULTILINE)
 #: Stands between a library and what comes after it.
 _LEVEL = "!\n"
 _FUNCTION = re.compile(r"^local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
-#: Of what stands outside of functions: a local variable, with or without a value.
+#: Of what stands outside of functions: a constant, which is made once; and a local variable, with or without a value.
+_CONSTANT = re.compile(r"^local [A-Z][A-Z_, ]* = [^\n]*\n(?:[ }][^\n]*\n)*", re.MULTILINE)
 _VARIABLE = re.compile(r"^local ([\w, ]+?)( =|$)", re.MULTILINE)
+_MADE_ONCE = re.compile(f"{_FUNCTION.pattern}|{_CONSTANT.pattern}", re.MULTILINE | re.DOTALL)
 
 #: What every transition of a record takes first: the record and its waiting runs, the namespace's numbers and timers,
 #: what outlives the record, and the constraints.
@@ -141,9 +143,10 @@ def _nested(text: str) -> str:
 def _library(name: str, text: str) -> str:
     """Return the library of a function that does what a script does.
 
-    The script's functions are made as the library is loaded, and all else is done in each call. Variables are the
-    library's, and have the values that the script gives them from the beginning of a call on; one without a value keeps
-    what it had. Nothing may rely on that: it lasts as long as the server's process, or shorter.
+    The script's functions and constants (in capitals) are made as the library is loaded, and all else is done in each
+    call. Variables are the library's, and have the values that the script gives them from the beginning of a call on;
+    one without a value keeps what it had. Nothing may rely on that: it lasts as long as the server's process, or
+    shorter.
     """
     made, done, end = ["local KEYS, ARGV\n"], [], 0
 
@@ -151,10 +154,10 @@ def _library(name: str, text: str) -> str:
         made.append(f"local {found.group(1)}\n")
         return f"{found.group(1)} =" if found.group(2) else ""
 
-    for function in _FUNCTION.finditer(text):
-        done.append(_VARIABLE.sub(variable, text[end : function.start()]))
-        made.append(function.group())
-        end = function.end()
+    for once in _MADE_ONCE.finditer(text):
+        done.append(_VARIABLE.sub(variable, text[end : once.start()]))
+        made.append(once.group())
+        end = once.end()
     done.append(_VARIABLE.sub(variable, text[end:]))
     call = textwrap.indent("".join(done), "  ")
     call = f"redis.register_function('{name}', function(keys, argv)\n  KEYS, ARGV = keys, argv\n{call}end)\n"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..keys import constraint_id, state_id
@@ -25,7 +25,6 @@ from ..records import (
     Trigger,
 )
 from ..states import Answer, Disposition, OnRetry, Overflow, Rule, RunState
-from ..store import MOST_AT_ONCE
 from ..views import RunMeta, begin_drain, pack_drain
 from .base import Base, as_blob, as_text, new_nonce
 
@@ -36,7 +35,8 @@ _OTHERS = tuple(word.value.encode() for word in (Answer.MERGE, Answer.KNOWN, Ans
 _DISPOSITIONS = {word.value: word for word in Disposition}
 _RUN_STATES = {word.value: word for word in RunState}
 
-_NO_BATCH: Mapping[str, Any] = {}
+#: Of how many triggers of a key one script takes care, which blocks the server for as long.
+MOST_OF_A_KEY = 100
 
 #: A publish that is known to have failed is tried again after this many milliseconds.
 UNPUBLISHED_AGAIN = 60_000
@@ -64,8 +64,8 @@ class Running(Base):
 
     def triggers(
         self, asked: Sequence[tuple[Policy, Trigger, MergeWanted | None]]
-    ) -> Iterator[Accepted | MergeWanted | Known | None]:
-        """Accept many triggers, in their order and in few round trips.
+    ) -> Iterator[tuple[int, Accepted | MergeWanted | Known | None]]:
+        """Accept many triggers of a task, those of one key in their order, in few round trips.
 
         Of triggers of one key that are to be merged by a function each is taken to build upon the one before it: it is
         merged only if that was, and nobody came between.
@@ -74,68 +74,81 @@ class Running(Base):
             asked: The arguments of :meth:`trigger`, of each.
 
         Yields:
-            What became of each, in their order.
+            The position of each, and what became of it.
         """
         if len(asked) == 1:
-            yield self.trigger(*asked[0])
+            yield 0, self.trigger(*asked[0])
             return
-        states = [state_id(policy.scope, trigger.key) for policy, trigger, _ in asked]
-        many = Counter(states)
-        named, counted = new_nonce(), Counter[str]()
-        before: dict[str, str] = {}
+        by_key: dict[tuple[str, int | None], list[int]] = {}
+        for position, (policy, trigger, _) in enumerate(asked):
+            # Who comes first counts among keys too, where they have a constraint in common.
+            apart = position if policy.constraints else None
+            by_key.setdefault((state_id(policy.scope, trigger.key), apart), []).append(position)
+        named = new_nonce()
+        parts: list[tuple[str, list[int], bool]] = []
         calls = []
-        for state, (policy, trigger, merging) in zip(states, asked, strict=True):
-            batch: dict[str, Any] = {}
-            if many[state] > 1:
-                # Numbered within what is sent in one go.
-                part, number = divmod(counted[state], MOST_AT_ONCE)
-                counted[state] += 1
-                batch = {"nonce": f"{named}.{part}/{number + 1}", "batch": min(many[state], MOST_AT_ONCE)}
-                if policy.merges and policy.rule is Rule.MERGE and policy.overflow is Overflow.MERGE:
-                    batch["behind"] = before.get(state)
-                before[state] = batch["nonce"]
-            calls.append(self._trigger(state, policy, trigger, merging, batch))
-        for state, reply in zip(states, self.store.call_many(calls), strict=True):
-            yield self._accepted(state, reply)
+        for (state, apart), positions in by_key.items():
+            alone = len(positions) == 1 and apart is None
+            behind = None
+            for start in range(0, len(positions), MOST_OF_A_KEY):
+                part = positions[start : start + MOST_OF_A_KEY]
+                nonce = f"{named}.{len(parts)}"
+                triggers = [asked[position] for position in part]
+                calls.append(
+                    self._trigger(state, *triggers[0]) if alone else self._trigger_many(state, triggers, nonce, behind)
+                )
+                parts.append((state, part, alone))
+                behind = nonce
+        for (state, part, alone), reply in zip(parts, self.store.call_many(calls), strict=True):
+            accepted = [self._accepted(state, reply)] if alone else self._accepted_many(state, reply)
+            yield from zip(part, accepted, strict=True)
 
-    def _trigger(
+    def _trigger(self, state: str, policy: Policy, trigger: Trigger, merging: MergeWanted | None) -> tuple[Any, ...]:
+        """Return the call of the store that accepts a trigger."""
+        return self._triggering(state, policy, {**_own(trigger, merging), **_shared(trigger)}, [trigger])
+
+    def _trigger_many(
         self,
         state: str,
-        policy: Policy,
-        trigger: Trigger,
-        merging: MergeWanted | None,
-        batch: Mapping[str, Any] = _NO_BATCH,
+        asked: Sequence[tuple[Policy, Trigger, MergeWanted | None]],
+        nonce: str,
+        behind: str | None,
     ) -> tuple[Any, ...]:
-        """Return the call of the store that accepts a trigger."""
-        asked: dict[str, Any] = {**batch, "task_id": trigger.task_id, "store": trigger.store, **trigger.times}
-        if trigger.within is not None:
-            asked["within"] = trigger.within
-        if trigger.watch:
-            asked["watch"] = True
-        if trigger.patience is not None:
-            asked["patience"] = trigger.patience
-        if trigger.needs:
-            asked["needs"] = [_need(need) for need in trigger.needs]
-        if trigger.tick is not None:
-            tick = trigger.tick
-            asked["tick"] = {"entry": tick.entry, "by": tick.by, "lasts": in_ms(tick.lasts), "moment": tick.moment}
-        if trigger.labels:
-            asked["labels"] = json.dumps(trigger.labels)
-        if merging is not None:
-            asked["target"], asked["base"] = merging.run, merging.version
+        """Return the call of the store that accepts triggers of one key which are made together."""
+        policy, first, _ = asked[0]
+        many = {"nonce": nonce, "calls": [_own(trigger, merging) for _, trigger, merging in asked], **_shared(first)}
+        if policy.merges and policy.rule is Rule.MERGE and policy.overflow is Overflow.MERGE:
+            many["behind"] = behind
+        return self._triggering(state, policy, many, [trigger for _, trigger, _ in asked])
+
+    def _triggering(
+        self, state: str, policy: Policy, asked: dict[str, Any], triggers: Sequence[Trigger]
+    ) -> tuple[Any, ...]:
+        first = triggers[0]
         name = "trigger"
         keys: tuple[str, ...] = self.store.names.record(state)
-        if trigger.message is not None:
+        if first.message is not None:
             name = "admit"
             keys = (*keys, self.store.names.seen)
-            asked["message"], asked["remember"] = trigger.message, self.timing.remember
-        key = trigger.key.encode("utf-8", "surrogatepass")
-        blobs: tuple[str | bytes, ...] = (trigger.args, trigger.call, trigger.follower)
-        if trigger.push is not None:
+            asked["message"], asked["remember"] = first.message, self.timing.remember
+        blobs: list[str | bytes] = [first.key.encode("utf-8", "surrogatepass")]
+        for trigger in triggers:
+            blobs += (trigger.args, trigger.call, trigger.follower)
+        if first.push is not None:
             name = "publish"
-            keys = (*keys, trigger.push.queue)
-            blobs = (*blobs, trigger.push.before, trigger.push.after)
-        return name, keys, self._question(state, asked, policy.asked), key, *blobs
+            keys = (*keys, first.push.queue)
+            blobs += (first.push.before, first.push.after)
+        return name, keys, self._question(state, asked, policy.asked), *blobs
+
+    def _accepted_many(self, state: str, reply: Any) -> list[Accepted | MergeWanted | Known | None]:
+        answers, sent = reply
+        accepted = [self._accepted(state, answer) for answer in answers]
+        for position, each in enumerate(accepted):
+            if sent and isinstance(each, Accepted):
+                # For the caller to do, whichever of its triggers it was that left it.
+                accepted[position] = replace(each, sent=self._sent(state, sent))
+                break
+        return accepted
 
     def _accepted(self, state: str, reply: Any) -> Accepted | MergeWanted | Known | None:
         told, *more = (reply,) if isinstance(reply, bytes) else reply
@@ -144,7 +157,8 @@ class Running(Base):
                 return MergeWanted(as_text(more[0]), int(more[1]), as_blob(more[2]))
             return Known(as_text(more[0]), as_text(more[1]), int(more[2])) if more else None
         word, run, where, delay, task_id = as_text(told).split(" ", 4)
-        replaced, sent = more or (b"", ())
+        replaced = more[0] if more else b""
+        sent = more[1] if len(more) > 1 else ()
         return Accepted(
             disposition=_DISPOSITIONS[word],
             run=run,
@@ -381,6 +395,33 @@ class Running(Base):
         }
         reply = self._call("carry", self.store.names.record(envelope.state), envelope.state, asked, call)
         return self._sent(envelope.state, reply[1]) if as_text(reply[0]) == Answer.DISPATCHED else ()
+
+
+def _own(trigger: Trigger, merging: MergeWanted | None) -> dict[str, Any]:
+    """Return what a trigger asks for that others of its batch may not."""
+    own: dict[str, Any] = {"task_id": trigger.task_id}
+    if trigger.needs:
+        own["needs"] = [_need(need) for need in trigger.needs]
+    if trigger.tick is not None:
+        tick = trigger.tick
+        own["tick"] = {"entry": tick.entry, "by": tick.by, "lasts": in_ms(tick.lasts), "moment": tick.moment}
+    if trigger.labels:
+        own["labels"] = json.dumps(trigger.labels)
+    if merging is not None:
+        own["target"], own["base"] = merging.run, merging.version
+    return own
+
+
+def _shared(trigger: Trigger) -> dict[str, Any]:
+    """Return what a trigger asks for as all others of its batch do."""
+    shared: dict[str, Any] = {"store": trigger.store, **trigger.times}
+    if trigger.within is not None:
+        shared["within"] = trigger.within
+    if trigger.watch:
+        shared["watch"] = True
+    if trigger.patience is not None:
+        shared["patience"] = trigger.patience
+    return shared
 
 
 def _need(need: Need) -> dict[str, Any]:

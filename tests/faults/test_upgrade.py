@@ -134,10 +134,10 @@ class TestARecordOfANewerVersion:
         """An `OperationalError` that says why; other keys are none of it."""
         queue = site.app.tasks["queue"]
         queue.delay(journal.key(), 1)
-        self.set_version(site, journal.key(), 4)
+        self.set_version(site, journal.key(), 5)
         with site.state.client(decode_responses=False) as client:
             before = client.hgetall(record(journal.key()))
-            with pytest.raises(NewerRecord, match=r"written by a newer celery-coalesce \(version 4\)") as raised:
+            with pytest.raises(NewerRecord, match=r"written by a newer celery-coalesce \(version 5\)") as raised:
                 queue.delay(journal.key(), 2)
             assert client.hgetall(record(journal.key())) == before
         assert isinstance(raised.value, OperationalError)
@@ -156,7 +156,7 @@ class TestARecordOfANewerVersion:
         site = make_site(coalesce_redispatch_after=2)
         queue = site.app.tasks["queue"]
         newer = queue.delay(journal.key(), 1)
-        self.set_version(site, journal.key(), 4)
+        self.set_version(site, journal.key(), 5)
         worker = site.worker()
         wait_until(lambda: "written by a newer celery-coalesce" in worker.logs(), 20)
         assert queue.delay(journal.key("other"), 2).get(timeout=20) == 2
@@ -184,12 +184,12 @@ class TestARecordOfANewerVersion:
         journal.wait("start", timeout=20)
         second = queue.delay(journal.key(), 2)
         other = queue.delay(journal.key("other"), 3, gate="g")
-        self.set_version(site, journal.key(), 4)
+        self.set_version(site, journal.key(), 5)
         journal.open("g")
         assert first.get(timeout=20) == 1
         wait_until(lambda: "could not be reported yet" in worker.logs(), 20)
         journal.wait("start", key="other", timeout=20)
-        self.set_version(site, journal.key("other"), 4)
+        self.set_version(site, journal.key("other"), 5)
         journal.open("g")
         assert other.get(timeout=20) == 3
         wait_until(lambda: worker.logs().count("could not be reported yet") == 2, 20)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -147,6 +147,11 @@ def body(key: str = "k", value: Any = None) -> None:
     """Take what the driver's triggers pass."""
 
 
+def in_order(replies: Iterable[tuple[int, Any]]) -> list[Any]:
+    """Return what became of calls in the calls' order."""
+    return [reply for _, reply in sorted(replies, key=lambda each: each[0])]
+
+
 class Driver:
     """One namespace of a server.
 
@@ -199,6 +204,10 @@ class Driver:
         fields.setdefault("needs", policy.needs(named, {}))
         fields.setdefault("labels", policy.labels_of(named, {}))
         return self.engine.trigger(policy, Trigger(key=key, **fields), merging)
+
+    def triggers(self, asked: Sequence[Any]) -> list[Any]:
+        """Make calls in one go; return their answers in the calls' order."""
+        return in_order(self.engine.triggers(asked))
 
     def follow(self, many: int) -> None:
         """Make calls that join, each with a follower of its own: b"1" and on."""

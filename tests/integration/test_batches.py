@@ -19,8 +19,8 @@ from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import StoreError
 from celery_coalesce.records import Accepted, MergeWanted, Trigger
 from celery_coalesce.states import Disposition
-from celery_coalesce.store import MOST_AT_ONCE
-from tests.integration.driver import Driver
+from celery_coalesce.transitions.running import MOST_OF_A_KEY
+from tests.integration.driver import Driver, in_order
 from tests.integration.sites import Site, queued
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal
@@ -53,13 +53,13 @@ def added(earlier: Any, later: Any) -> Any:
 class TestRepeated:
     """A client whose connection broke sends all that it had sent in one go again."""
 
-    @pytest.mark.parametrize("count", [2, 8, 9, MOST_AT_ONCE])
+    @pytest.mark.parametrize("count", [2, 9, MOST_OF_A_KEY, 2 * MOST_OF_A_KEY + 1])
     @pytest.mark.parametrize("mode", ["queue", "serialize", "skip"])
     def test_every_call_is_known_again(self, make_driver: MakeDriver, mode: str, count: int) -> None:
         """However many there are of one key: the same answers, and nothing is done twice."""
         drive = make_driver()
         drive.store.twice = True
-        replies = list(drive.engine.triggers(asked(drive, count, coalesce=mode)))
+        replies = drive.triggers(asked(drive, count, coalesce=mode))
         rest = {"queue": "coalesced", "serialize": "queued", "skip": "skipped"}[mode]
         assert words(replies) == ["dispatched"] + [rest] * (count - 1)
         shown = drive.shown()
@@ -68,11 +68,11 @@ class TestRepeated:
     def test_a_few_calls_of_others_in_between_do_no_harm(self, make_driver: MakeDriver) -> None:
         """As with single calls."""
         drive = make_driver()
-        replies = list(drive.engine.triggers(asked(drive, 20)))
+        replies = drive.triggers(asked(drive, 20))
         calls = [(script, keys, *argv) for script, keys, argv in drive.store.calls]
         for _ in range(8):
             drive.trigger(0)
-        again = list(drive.store.call_many(calls))
+        [(again, _)] = drive.store.call_many(calls)
         assert [reply.split(b" ")[1].decode() for reply in again] == [reply.run for reply in replies]
         assert drive.shown()[replies[0].run]["triggers"] == 28
 
@@ -85,9 +85,9 @@ class TestRepeated:
     def test_what_is_remembered_of_a_batch_is_forgotten_in_time(self, make_driver: MakeDriver) -> None:
         """A key that is never idle does not carry it for ever."""
         drive = make_driver(redispatch=300)
-        list(drive.engine.triggers(asked(drive, 40)))
+        drive.triggers(asked(drive, 3 * MOST_OF_A_KEY))
         drive.trigger(0)
-        assert len(self.remembered(drive)) == 40
+        assert len(self.remembered(drive)) == 3
         drive.pass_time(301)
         drive.trigger(0)
         assert self.remembered(drive) == []
@@ -112,27 +112,29 @@ class TestMerging:
 
         return asked(drive, count, args=added, merging=merging)
 
-    def test_a_chain_is_merged_in_one_go(self, drive: Driver) -> None:
+    @pytest.mark.parametrize("count", [5, 2 * MOST_OF_A_KEY + 5])
+    def test_a_chain_is_merged_in_one_go(self, drive: Driver, count: int) -> None:
         """Each upon the one before it."""
         base = self.base(drive)
-        replies = list(drive.engine.triggers(self.chain(drive, base, 5)))
-        assert words(replies) == ["coalesced"] * 5
+        replies = drive.triggers(self.chain(drive, base, count))
+        assert words(replies) == ["coalesced"] * count
         run = drive.shown()[base.run]
-        assert (run["triggers"], run["version"]) == (6, base.version + 5)
+        assert (run["triggers"], run["version"]) == (1 + count, base.version + count)
 
-    def test_a_broken_chain_counts_nowhere(self, make_driver: MakeDriver) -> None:
+    @pytest.mark.parametrize("count", [3, MOST_OF_A_KEY + 3])
+    def test_a_broken_chain_counts_nowhere(self, make_driver: MakeDriver, count: int) -> None:
         """Somebody merged before it: its second call expects just the version that there is now."""
         drive = make_driver()
         base = self.base(drive)
         other = drive.trigger(100, args=added, merging=base)
         assert isinstance(other, Accepted)
-        assert words(list(drive.engine.triggers(self.chain(drive, base, 3)))) == ["merge"] * 3
+        assert words(drive.triggers(self.chain(drive, base, count))) == ["merge"] * count
         assert drive.shown()[base.run]["triggers"] == 2
         assert json.loads(drive.run(other).args) == 100
 
     def test_without_a_base_the_first_alone_is_told_what_to_merge_with(self, drive: Driver) -> None:
         """The arguments of a run are handed out once, not once for each call."""
-        replies = list(drive.engine.triggers(asked(drive, 4, args=added)))
+        replies = drive.triggers(asked(drive, 4, args=added))
         first, wanted, *rest = replies
         assert first.disposition is Disposition.DISPATCHED
         assert (wanted.run, wanted.version, json.loads(wanted.args)) == (first.run, 0, 1)
@@ -195,14 +197,14 @@ class TestTheStore:
         """The first of each kind in each go; the others are called by their name."""
         drive = Driver(client, "ns")
         calls = asked(drive, 300, key="a") + asked(drive, 30, key="b")
-        replies = list(drive.engine.triggers(calls))
+        replies = drive.triggers(calls)
         assert Counter(words(replies)) == {"dispatched": 2, "coalesced": 328}
         assert [reply.task_id for reply in replies] == ["a-1"] * 300 + ["b-1"] * 30
 
     def test_an_error_is_raised_in_its_place(self, client: Any) -> None:
         """What came before has its reply."""
         drive = Driver(client, "ns")
-        list(drive.engine.triggers(asked(drive, 3)))
+        drive.triggers([call for key in "abc" for call in asked(drive, 1, key=key)])
         calls = [(name, keys, *argv) for name, keys, argv in drive.store.calls]
         calls[1] = (*calls[1][:2], "no JSON", *calls[1][3:])
         replies = drive.store.store.call_many(calls)
@@ -229,7 +231,7 @@ def test_a_broken_connection_makes_no_second_trigger(
         engine.store.connect()
         proxy.drop_replies = True
         mended = pool.submit(mend)
-        replies = list(engine.triggers(asked(drive, 200)))
+        replies = in_order(engine.triggers(asked(drive, 200)))
         mended.result()
     assert words(replies) == ["dispatched"] + ["coalesced"] * 199
     assert drive.shown()[replies[0].run]["triggers"] == 200

@@ -64,7 +64,7 @@ def test_a_batch_is_forgotten_by_one_command(many: int, make_driver: MakeDriver)
     """However many calls it had, and once."""
     drive = make_driver(redispatch=200)
     with drive.in_bulk():
-        list(drive.engine.triggers(asked(drive, many)))
+        drive.triggers(asked(drive, many))
     before = commands(drive, lambda: drive.trigger(0))
     drive.pass_time(250)
     first = commands(drive, lambda: drive.trigger(0))

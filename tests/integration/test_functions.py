@@ -14,6 +14,7 @@ from celery_coalesce.records import Timing, Trigger
 from celery_coalesce.store.redis import RedisStore
 from celery_coalesce.store.scripts import OFTEN, SCRIPTS, script
 from celery_coalesce.transitions import Transitions
+from tests.integration.driver import in_order
 from tests.support.servers import ValkeyServer
 
 
@@ -62,7 +63,7 @@ def call(transitions: Transitions, key: str) -> Any:
 
 def calls(transitions: Transitions, *keys: str) -> list[Any]:
     """Make calls in one go."""
-    return list(transitions.triggers([(POLICY, Trigger(f"id-{key}", key, b"[]"), None) for key in keys]))
+    return in_order(transitions.triggers([(POLICY, Trigger(f"id-{key}", key, b"[]"), None) for key in keys]))
 
 
 def used(admin: redis.Redis) -> set[str]:

@@ -12,18 +12,18 @@
 
 local function admit()
   local head = read_head()
-  local again = head and repeated(head)
-  if again then return told(again) end
+  local again = head and repeated_alone(head)
+  if again then return told_alone(again) end
   local known = redis.call('HGET', rec, 'msg:' .. asked.message)
   local run = known and read_run(known)
   if run then return {'known', run.id, run.task_id, run.attempt} end
   local seen = KEYS[10]
   if was_seen(seen, asked.message, now) then return {'gone'} end
   local answer = accept()
-  if answer[1] == 'merge' or answer[1] == 'rejected' then return told(answer) end
+  if answer[1] == 'merge' or answer[1] == 'rejected' then return told_alone(answer) end
   run = read_run(answer[2])
   -- Done once: there is no run.
-  if not run then return told(answer) end
+  if not run then return told_alone(answer) end
   run.received = true
   if run.task_id == asked.task_id then
     run.message = asked.message
@@ -31,7 +31,7 @@ local function admit()
   end
   write_run(run)
   remember(seen, asked.message, now, asked.remember)
-  return told(answer)
+  return told_alone(answer)
 end
 
 return flush(admit())

@@ -30,7 +30,7 @@ local function carry()
   for position, run_id in ipairs(open or {}) do
     if run_id == old.id then open[position] = run.id end
   end
-  if head.lone[run.task] == old.id then head.lone[run.task] = run.id end
+  if head.lone and head.lone[run.task] == old.id then head.lone[run.task] = run.id end
   write_run(run)
   -- In the old one's place, by its acceptance.
   wait_in_turn(run)

@@ -1,18 +1,18 @@
--- Accepts a call.
+-- Accepts a call, or some of one key.
 --
 -- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting
 -- ARGV: asked (JSON: state, nonce, task_id, task, mode, limit, max_queued, overflow, rule, scope, store,
 --   redispatch, soon and, where given: delay or due, quiet, longest, ttl or expires, within, base and target, watch,
---   cooldown, needs, once, tick (entry, by, lasts, moment), grace, labels, patience, and of a batch: batch (how many
---   calls of the key are sent in one go; their nonces end with /1 and on), behind (the nonce of the call before it in
---   a chain of merges); times in ms),
---   key, args, call, follower
--- Returns: one text: disposition, run, state, delay of the message in ms (-1: none), task id; or that, replaced args,
---   what is to be sent; or: merge, run, version, args (run is '' where there is nothing to merge with any more)
+--   cooldown, needs, once, tick (entry, by, lasts, moment), grace, labels, patience; of some calls: calls (a list of
+--   what is each one's own), behind (the nonce of the calls before these in a chain of merges); times in ms),
+--   key; of each call: args, call, follower
+-- Returns: one text: disposition, run, state, delay of the message in ms (-1: none), task id; or that, replaced args
+--   and, if there is any, what is to be sent; or: merge, run, version, args (run is '' where there is nothing to merge
+--   with any more); of some calls: a list of these, what is to be sent
 -- Transition: idle -> dispatched | pending; pending -> pending | dispatched; dispatched -> dispatched | pending; busy
 --   -> pending
 -- Order: the run before the head, so that the head never names a run that is not there.
 --# include record
 --# include slots
 --# include accept
-return flush(told((accept())))
+return flush(accept_all())

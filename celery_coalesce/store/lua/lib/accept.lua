@@ -1,11 +1,16 @@
--- What becomes of a trigger: shared by `trigger` (a call) and `admit` (a message that carries no run).
--- Needs lib/record and lib/slots. ARGV: 2 key text, 3 arguments, 4 call, 5 follower ('' for none).
+-- What becomes of a trigger: shared by `trigger` and `publish` (calls) and `admit` (a message that carries no run).
+-- Needs lib/record and lib/slots. ARGV: 2 key text; then of each call: arguments, call, follower ('' for none).
 
--- Of how many single calls is remembered what became of them; at how many of those that go on a call looks.
-local RECENT, MENDED = 8, 8
+-- How much is remembered of single calls, in bytes: what became of the last seven or eight. And at how many of the runs
+-- that go on a call looks.
+local MEMORY, MENDED = 320, 8
 
 -- What a call does not say, because it is so with nearly all.
-setmetatable(asked, {__index = {mode = 'queue', limit = 1, max_queued = 1, overflow = 'merge', rule = 'latest'}})
+local USUALLY = {__index = {mode = 'queue', limit = 1, max_queued = 1, overflow = 'merge', rule = 'latest'}}
+setmetatable(asked, USUALLY)
+
+-- The call that is accepted. What it asks for is `asked`.
+local args, call, follower = ARGV[3], ARGV[4], ARGV[5]
 
 -- To be called again with its own arguments: what they were merged with has begun, or somebody came between.
 local AGAIN = {'merge', '', 0, ''}
@@ -19,24 +24,21 @@ local function told(answer)
   if #answer < 6 then return answer end
   local replaced = table.remove(answer)
   local text = table.concat(answer, ' ')
-  if replaced == '' and #sent == 0 then return text end
-  return {text, replaced, sent}
+  return replaced == '' and text or {text, replaced}
 end
 
--- The same call again (a reply was lost, and the client asked once more) gets the same answer.
-local function repeated(head)
-  local told_then
-  if asked.batch then
-    told_then = redis.call('HGET', rec, 'did:' .. asked.nonce)
-  else
-    local start = asked.nonce .. ' '
-    for _, each in ipairs(head.recent) do
-      if each:sub(1, #start) == start then told_then = each:sub(#start + 1) end
-    end
-  end
-  if not told_then then return nil end
-  local disposition, run_id = told_then:match('^(%S+) (%S+)$')
-  local run = read_run(run_id)
+local function told_alone(answer)
+  local text = told(answer)
+  if #sent == 0 or text == answer then return text end
+  if type(text) ~= 'table' then text = {text, ''} end
+  text[#text + 1] = sent
+  return text
+end
+
+-- The same call again (a reply was lost, and the client asked once more) gets the same answer, given what is remembered
+-- of it; nil if its run has ended.
+local function repeated(disposition, run_id)
+  local run = disposition and read_run(run_id)
   if not run then return nil end
   local delay = -1
   if disposition == 'dispatched' then
@@ -44,40 +46,48 @@ local function repeated(head)
   elseif disposition == 'queued' and run.message_at then
     delay = math.max(run.message_at - now, 0)
   end
-  sent_by(head, asked.nonce)
   return reply(disposition, run, delay)
 end
 
--- What was sent in one go is sent again in one go: every call of a batch is remembered for a while, besides the last
--- others. Their nonces are those of the batch, numbered.
-local function remember_batch(head, what)
-  local batch = asked.nonce:match('^(.*)/')
-  local batches = head.batches or {}
-  if #batches == 0 or batches[#batches].nonce ~= batch then
-    batches[#batches + 1] = {nonce = batch, calls = asked.batch, till = now + asked.redispatch}
-  end
+local function repeated_alone(head)
+  local _, at = head.recent:find(asked.nonce .. ' ', 1, true)
+  if not at then return nil end
+  local again = repeated(head.recent:match('^(%S+) (%d+)', at + 1))
+  if again then sent_by(head, asked.nonce) end
+  return again
+end
+
+-- Of calls that are accepted in one go: what is remembered of each, by its position, from an earlier time that they
+-- were asked and from this one; and the position of the one that is accepted.
+local known, noted, position = nil, nil, nil
+
+-- What was sent in one go is sent again in one go: it is remembered for a while, besides the last single calls.
+local function remember_batch(head)
+  local batches, each = head.batches or {}, {}
+  for number = 1, #asked.calls do each[number] = noted[number] or known[number] or '' end
+  batches[#batches + 1] = {nonce = asked.nonce, till = now + asked.redispatch}
   head.batches, head.latest = batches, asked.nonce
-  set('did:' .. asked.nonce, what)
+  set('did:' .. asked.nonce, cmsgpack.pack(each))
+  write_head(head)
 end
 
 local function forget_batches(head)
+  local fields = {}
   while head.batches[1] and head.batches[1].till <= now do
-    local batch, fields = table.remove(head.batches, 1), {}
-    for number = 1, batch.calls do fields[number] = 'did:' .. batch.nonce .. '/' .. number end
-    redis.call('HDEL', rec, unpack(fields))
+    fields[#fields + 1] = 'did:' .. table.remove(head.batches, 1).nonce
   end
+  if #fields > 0 then redis.call('HDEL', rec, unpack(fields)) end
   if #head.batches == 0 then head.batches = nil end
 end
 
 local function remember(head, disposition, run)
   if head.batches then forget_batches(head) end
   local what = disposition .. ' ' .. run.id
-  if asked.batch then
-    remember_batch(head, what)
+  if noted then
+    noted[position] = what
   else
-    local recent = head.recent
-    if #recent >= RECENT then table.remove(recent, 1) end
-    recent[#recent + 1] = asked.nonce .. ' ' .. what
+    -- Where it is cut, an entry loses the beginning of its nonce, and is found no more.
+    head.recent = (head.recent .. asked.nonce .. ' ' .. what .. ';'):sub(-MEMORY)
     head.latest = nil
   end
   write_head(head)
@@ -89,7 +99,7 @@ local function new_session()
   redis.call('DEL', wait)
   local session = mint()
   return {v = VERSION, scope = asked.scope, session = session, index = 0, runs = 0,
-          active = {}, open = {}, lone = {}, recent = {}}
+          active = {}, open = {}, recent = ''}
 end
 
 -- The moment this trigger asks for: its own, or the end of a quiet period that begins now.
@@ -114,20 +124,22 @@ local function joins()
 end
 
 local function new_run(head)
-  local run = setmetatable({id = mint(), task_id = asked.task_id, task = asked.task, mode = rawget(asked, 'mode'),
-                            limit = rawget(asked, 'limit'), latest = latest_time(), expires = expiry(),
+  local run = setmetatable({id = mint(), task_id = asked.task_id, task = asked.task,
+                            mode = asked.mode ~= 'queue' and asked.mode or nil,
+                            limit = asked.limit ~= 1 and asked.limit or nil, latest = latest_time(), expires = expiry(),
                             store = asked.store, needs = asked.needs, cooldown = asked.cooldown, once = asked.once,
                             labels = asked.labels, patience = asked.patience}, USUAL)
   run.due = math.min(due_time(), run.latest or math.huge)
   if asked.grace and next(head.active) then run.stop_at = now + asked.grace end
   head.runs = head.runs + 1
-  set('args:' .. run.id, ARGV[3])
-  if ARGV[4] ~= '' then set('call:' .. run.id, ARGV[4]) end
+  set('args:' .. run.id, args)
+  if call ~= '' then set('call:' .. run.id, call) end
   if joins() then
     local open = head.open[run.task] or {}
     open[#open + 1] = run.id
     head.open[run.task] = open
   elseif run.mode == 'skip' then
+    head.lone = head.lone or {}
     head.lone[run.task] = run.id
   end
   return run
@@ -160,9 +172,9 @@ local function create(head)
 end
 
 local function follow(run)
-  if ARGV[5] == '' then return end
+  if follower == '' then return end
   run.followers = run.followers + 1
-  set('fol:' .. acceptance(run) .. ':' .. run.followers, ARGV[5])
+  set('fol:' .. acceptance(run) .. ':' .. run.followers, follower)
 end
 
 -- Made by the first call that is answered with a run that there is, as those of lib/kept.
@@ -228,13 +240,13 @@ local function merge(head, run)
   local replaced
   if asked.rule == 'merge' and (asked.target ~= run.id or asked.base ~= run.version) then
     -- The merge function is Python's: hand out what there is, and take the union only if nothing came between.
-    return {'merge', run.id, run.version, redis.call('HGET', rec, 'args:' .. run.id)}
+    return {'merge', run.id, run.version, get('args:' .. run.id)}
   end
   local needs = run.needs
   if asked.rule ~= 'first' then
-    if asked.watch then replaced = redis.call('HGET', rec, 'args:' .. run.id) end
+    if asked.watch then replaced = get('args:' .. run.id) end
     -- The arguments are the later trigger's from now on, and with them what they need of others.
-    set('args:' .. run.id, ARGV[3])
+    set('args:' .. run.id, args)
     run.version = run.version + 1
     if not same_needs(run, asked.needs) then needs = asked.needs end
   end
@@ -318,11 +330,46 @@ end
 -- Returns what became of the trigger, and whether that was known.
 local function accept()
   local head = read_head()
-  local again = head and repeated(head)
+  local again
+  if not known then
+    again = head and repeated_alone(head)
+  elseif known[position] then
+    again = repeated(known[position]:match('^(%S+) (%d+)$'))
+  end
   if again then return again, true end
   local done = done_for()
   if not done then return note_tick(cover(head)) end
   local run = head and read_run(done.run)
   if run and run.state ~= 'cleared' then return flights().join(head, run) end
   return reply('skipped', {id = done.run, task_id = done.task_id, state = 'ended'}, -1)
+end
+
+-- Calls of one key that are sent in one go. Each has its own of what is asked, and all the rest is all of theirs.
+local function accept_many(push)
+  local all, head, answers, broken = asked, read_head(), {}, false
+  local packed = head and redis.call('HGET', rec, 'did:' .. asked.nonce)
+  known, noted = packed and cmsgpack.unpack(packed) or {}, {}
+  sent_by(head, asked.nonce)
+  for number, own in ipairs(all.calls) do
+    asked, position = setmetatable(own, {__index = all}), number
+    args, call, follower = unpack(ARGV, 3 * number, 3 * number + 2)
+    -- Merges build upon one another: behind one that is to be made again, all are.
+    local answer, again = AGAIN, false
+    if not broken then answer, again = accept() end
+    broken = answer[1] == 'merge'
+    if push and number == 1 then push(answer, again) end
+    answers[number] = told(answer)
+  end
+  asked = all
+  if next(noted) then remember_batch(read_head()) end
+  return {answers, sent}
+end
+
+-- Accepts the script's calls, and returns what it tells of them.
+--   push: given what became of the first, and whether that was known, pushes its message.
+local function accept_all(push)
+  if asked.calls then return accept_many(push) end
+  local answer, again = accept()
+  if push then push(answer, again) end
+  return told_alone(answer)
 end

@@ -16,7 +16,7 @@ local function under_way(head)
     local run = read_run(run_id)
     if run and run.task == asked.task and not run.returned and run.id ~= asked.within then return run end
   end
-  local waiting = head.lone[asked.task]
+  local waiting = head.lone and head.lone[asked.task]
   local open = head.open[asked.task]
   waiting = waiting or (open and open[#open])
   return waiting and read_run(waiting) or nil

@@ -5,7 +5,7 @@
 
 --# include server
 
-local VERSION = 3
+local VERSION = 4
 local HOUR = 3600000
 
 local rec, wait, meta, timers, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
@@ -23,20 +23,22 @@ local now = math.floor(clock / 1000)
 
 -- The next number of the namespace: run ids, session ids and fencing tokens. Never behind the clock, so that numbers
 -- grow even over a loss of the store, or of a part of it.
-local last = nil
+local last, minted = nil, nil
 local function mint()
   last = math.max(clock, (last or last_number(meta, clock)) + 1)
-  local number = whole(last)
-  redis.call('HSET', meta, 'last', number)
-  return number
+  minted = whole(last)
+  return minted
 end
 
 -- The record is read once and written once: scripts change what is here, and `flush` it at their end.
 local head_read, head_changed, runs_read, runs_changed, others_changed = nil, false, {}, {}, {}
 
 local function set(field, value)
-  others_changed[#others_changed + 1] = field
-  others_changed[#others_changed + 1] = value
+  others_changed[field] = value
+end
+
+local function get(field)
+  return others_changed[field] or redis.call('HGET', rec, field)
 end
 
 local function write_head(head)
@@ -49,10 +51,16 @@ end
 
 -- Writes what has changed. Given the script's answer, returns it.
 local function flush(answer)
+  if minted then redis.call('HSET', meta, 'last', minted) end
   if head_changed then set('head', cmsgpack.pack(head_read)) end
   for run_id, run in pairs(runs_changed) do set('run:' .. run_id, cmsgpack.pack(run)) end
-  if #others_changed > 0 then redis.call('HSET', rec, unpack(others_changed)) end
-  head_changed, runs_changed, others_changed = false, {}, {}
+  local fields = {}
+  for field, value in pairs(others_changed) do
+    fields[#fields + 1] = field
+    fields[#fields + 1] = value
+  end
+  if #fields > 0 then redis.call('HSET', rec, unpack(fields)) end
+  minted, head_changed, runs_changed, others_changed = nil, false, {}, {}
   return answer
 end
 
@@ -68,11 +76,11 @@ local function erase_record()
 end
 
 -- What an older version wrote. Version 1 noted otherwise what a call had left to others; what of a run it did not know
--- has a default wherever it is read, and so has what version 2 wrote and this one leaves out. From here on older ones
+-- has a default wherever it is read, and so has what version 2 wrote and later ones leave out. From here on older ones
 -- refuse the record.
 local function converted(head)
   if head.v == 1 then head.ended = nil end
-  if head.v < 3 then head.recent = {} end
+  if head.v < 4 then head.recent, head.batches = '', nil end
   head.v = VERSION
   redis.call('HSET', rec, 'head', cmsgpack.pack(head))
   return head
@@ -174,5 +182,5 @@ local function close(head, run)
     end
     if #open == 0 then head.open[run.task] = nil end
   end
-  if head.lone[run.task] == run.id then head.lone[run.task] = nil end
+  if head.lone and head.lone[run.task] == run.id then head.lone[run.task] = nil end
 end
