@@ -18,7 +18,7 @@ local function carry()
   end
   if old.task_id ~= asked.task_id or old.state == 'running' or old.state == 'cleared' then return {'gone'} end
   release(head, old, false)
-  local run = unpacked(cmsgpack.pack(old))
+  local run = unpacked(old.id, cmsgpack.pack(old))
   run.seq = acceptance(old)
   run.id, run.task_id, run.message = mint(), asked.new_task_id, nil
   run.triggers = math.max(old.triggers - 1, 1)

@@ -34,7 +34,7 @@ local function clear()
   local page = redis.call('HSCAN', rec, asked.cursor, 'MATCH', 'run:*', 'COUNT', PAGE)
   local count, cleared = 0, {}
   for position = 2, #page[2], 2 do
-    local run = unpacked(page[2][position])
+    local run = unpacked(page[2][position - 1]:sub(5), page[2][position])
     local unstarted = run.state == 'pending' or run.state == 'dispatched'
     if unstarted and (asked.task == '' or run.task == asked.task) and tonumber(run.id) <= tonumber(bound) then
       count = count + 1

@@ -10,7 +10,7 @@
 --# include record
 
 local function lost_lease(head, run)
-  return run.token, head.session, run.index, run.attempt, run.triggers, redis.call('HGET', rec, 'key'), head.scope,
+  return run.token, head.session, run.index, run.attempt, run.triggers, head.key, head.scope,
          run.task_id, run.task, run.labels or ''
 end
 

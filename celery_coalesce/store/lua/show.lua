@@ -13,12 +13,15 @@ local fields = one and {one, redis.call('HGET', rec, one)} or redis.call('HGETAL
 local runs = {}
 for position = 1, #fields, 2 do
   if fields[position]:sub(1, 4) == 'run:' and fields[position + 1] then
-    local run = cmsgpack.unpack(fields[position + 1])
+    local run = unpacked(fields[position]:sub(5), fields[position + 1])
     for name, value in pairs(USUAL.__index) do
-      if run[name] == nil then run[name] = value end
+      if rawget(run, name) == nil then run[name] = value end
     end
     run.seq = acceptance(run)
     runs[#runs + 1] = run
   end
 end
-return {'record', redis.call('HGET', rec, 'key'), cjson.encode({head = head, runs = runs, now = now})}
+-- JSON is for text, and a key may be no such.
+local key = head.key
+head.key = nil
+return {'record', key, cjson.encode({head = head, runs = runs, now = now})}

@@ -21,7 +21,7 @@ local function leased(head, run)
   local changed = run.version ~= asked.version and redis.call('HGET', rec, 'args:' .. run.id) or ''
   local done = run.ending == 'skipped' and outliving().done_once(run.task)
   local lease = cjson.encode({token = run.token, session = head.session, index = run.index, triggers = run.triggers,
-                              store = run.store, expires = run.expires, key = redis.call('HGET', rec, 'key'),
+                              store = run.store, expires = run.expires, key = head.key,
                               scope = head.scope, mode = mode, labels = run.labels})
   local answer = {run.ending or 'running', lease}
   if changed ~= '' or done or #sent > 0 then

@@ -50,9 +50,10 @@ local function repeated(disposition, run_id)
 end
 
 local function repeated_alone(head)
-  local _, at = head.recent:find(asked.nonce .. ' ', 1, true)
+  local recent = get('recent') or ''
+  local _, at = recent:find(asked.nonce .. ' ', 1, true)
   if not at then return nil end
-  local again = repeated(head.recent:match('^(%S+) (%d+)', at + 1))
+  local again = repeated(recent:match('^(%S+) (%d+)', at + 1))
   if again then sent_by(head, asked.nonce) end
   return again
 end
@@ -78,6 +79,7 @@ local function forget_batches(head)
   end
   if #fields > 0 then redis.call('HDEL', rec, unpack(fields)) end
   if #head.batches == 0 then head.batches = nil end
+  write_head(head)
 end
 
 local function remember(head, disposition, run)
@@ -87,19 +89,20 @@ local function remember(head, disposition, run)
     noted[position] = what
   else
     -- Where it is cut, an entry loses the beginning of its nonce, and is found no more.
-    head.recent = (head.recent .. asked.nonce .. ' ' .. what .. ';'):sub(-MEMORY)
-    head.latest = nil
+    set('recent', ((get('recent') or '') .. asked.nonce .. ' ' .. what .. ';'):sub(-MEMORY))
+    if head.latest then
+      head.latest = nil
+      write_head(head)
+    end
   end
-  write_head(head)
 end
 
 local function new_session()
-  set('key', ARGV[2])
   -- Who waited for a record that was lost without them waits for nothing, and must not keep this one's runs back.
   redis.call('DEL', wait)
   local session = mint()
-  return {v = VERSION, scope = asked.scope, session = session, index = 0, runs = 0,
-          active = {}, open = {}, recent = ''}
+  return {v = VERSION, key = ARGV[2], scope = asked.scope, session = session, index = 0, runs = 0,
+          active = {}, open = {}}
 end
 
 -- The moment this trigger asks for: its own, or the end of a quiet period that begins now.
@@ -166,6 +169,7 @@ local function create(head)
   local run = new_run(head)
   local delay = place(head, run)
   write_run(run)
+  write_head(head)
   local disposition = run.state == 'dispatched' and 'dispatched' or 'queued'
   remember(head, disposition, run)
   return reply(disposition, run, delay)
@@ -231,6 +235,7 @@ local function mend(head, run)
   elseif not next(head.active) then
     wait_in_turn(run)
     advance(head)
+    write_head(head)
   end
   return run
 end
@@ -274,7 +279,7 @@ local function merge(head, run)
   if moved then
     -- Others may go where it stood, or it where others do.
     advance(head)
-    if #sent > 0 then note_sent(head, asked.nonce) end
+    if #sent > 0 then note_sent(head, asked.nonce) else write_head(head) end
   end
   remember(head, 'coalesced', run)
   return reply('coalesced', run, -1, replaced)

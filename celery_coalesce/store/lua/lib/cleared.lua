@@ -3,7 +3,7 @@ local function cleared_run(head, run)
   -- Version 1 of the record knew two ways here, and told them by the reason.
   local outcome = run.outcome or (run.why and 'failed' or 'revoked')
   return {run.id, run.token, run.task_id, run.task, redis.call('HGET', rec, 'call:' .. run.id) or '', head.session,
-          run.triggers, redis.call('HGET', rec, 'key'), head.scope, run.received and '1' or '0', run.labels or '',
+          run.triggers, head.key, head.scope, run.received and '1' or '0', run.labels or '',
           outcome, run.why or ''}
 end
 

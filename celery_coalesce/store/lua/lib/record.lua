@@ -52,22 +52,29 @@ end
 -- Writes what has changed. Given the script's answer, returns it.
 local function flush(answer)
   if minted then redis.call('HSET', meta, 'last', minted) end
-  if head_changed then set('head', cmsgpack.pack(head_read)) end
-  for run_id, run in pairs(runs_changed) do set('run:' .. run_id, cmsgpack.pack(run)) end
-  local fields = {}
-  for field, value in pairs(others_changed) do
-    fields[#fields + 1] = field
-    fields[#fields + 1] = value
+  if head_changed then others_changed.head = cmsgpack.pack(head_read) end
+  for run_id, run in pairs(runs_changed) do
+    -- The field's name says it.
+    run.id = nil
+    others_changed['run:' .. run_id] = cmsgpack.pack(run)
+    run.id = run_id
   end
-  if #fields > 0 then redis.call('HSET', rec, unpack(fields)) end
+  local changed, count = {}, 0
+  for field, value in pairs(others_changed) do
+    changed[count + 1], changed[count + 2] = field, value
+    count = count + 2
+  end
+  if count > 0 then redis.call('HSET', rec, unpack(changed, 1, count)) end
   minted, head_changed, runs_changed, others_changed = nil, false, {}, {}
   return answer
 end
 
 local function erase_run(run)
   runs_read[run.id], runs_changed[run.id] = nil, nil
-  redis.call('HDEL', rec, 'run:' .. run.id, 'args:' .. run.id, 'call:' .. run.id)
-  if run.message then redis.call('HDEL', rec, 'msg:' .. run.message) end
+  local gone = {'run:' .. run.id, 'args:' .. run.id, 'call:' .. run.id}
+  if run.message then gone[4] = 'msg:' .. run.message end
+  for _, field in ipairs(gone) do others_changed[field] = nil end
+  redis.call('HDEL', rec, unpack(gone))
 end
 
 local function erase_record()
@@ -80,7 +87,7 @@ end
 -- refuse the record.
 local function converted(head)
   if head.v == 1 then head.ended = nil end
-  if head.v < 4 then head.recent, head.batches = '', nil end
+  if head.v < 4 then head.key, head.recent, head.batches = redis.call('HGET', rec, 'key'), nil, nil end
   head.v = VERSION
   redis.call('HSET', rec, 'head', cmsgpack.pack(head))
   return head
@@ -102,14 +109,16 @@ end
 local USUAL = {__index = {mode = 'queue', limit = 1, triggers = 1, attempt = 0, version = 0, followers = 0, told = 0,
                           losses = 0}}
 
-local function unpacked(packed)
-  return setmetatable(cmsgpack.unpack(packed), USUAL)
+local function unpacked(run_id, packed)
+  local run = setmetatable(cmsgpack.unpack(packed), USUAL)
+  run.id = run_id
+  return run
 end
 
 local function read_run(run_id)
   if runs_read[run_id] then return runs_read[run_id] end
   local packed = redis.call('HGET', rec, 'run:' .. run_id)
-  local run = packed and unpacked(packed) or nil
+  local run = packed and unpacked(run_id, packed) or nil
   runs_read[run_id] = run
   return run
 end
