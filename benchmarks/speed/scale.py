@@ -93,9 +93,9 @@ class Site:
         """Accept many triggers, and return the messages of the runs that may go at once."""
         found, asked = [], iter(asked)
         while each := list(itertools.islice(asked, MOST_AT_ONCE)):
-            for one, accepted in zip(each, self.transitions.triggers(each), strict=True):
+            for position, accepted in self.transitions.triggers(each):
                 if isinstance(accepted, Accepted) and accepted.delay == 0:
-                    found.append(self.message(one, accepted))
+                    found.append(self.message(each[position], accepted))
         return found
 
     def forget_batches(self) -> None:
