@@ -24,6 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--redis", metavar="URL", help="an empty database to use, of a server that is quiet otherwise")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--plots", metavar="DIRECTORY", type=Path, help="draw the figures of `scale` there")
+    parser.add_argument("--full", action="store_true", help="`scale` to a million keys and 100,000 leases; takes longer")
     given = parser.parse_args()
     unknown = [name for name in given.sections if name not in SECTIONS]
     if unknown:
@@ -50,7 +51,8 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         began = time.monotonic()
         section = importlib.import_module(f"benchmarks.speed.{name}")
         if name == "scale":
-            found["figures"] = section.measure(say)
+            sizes = {"most_keys": 10**6, "most_leases": 10**5} if given.full else {}
+            found["figures"] = section.measure(say, **sizes)
             rows = grown(found["figures"])
         else:
             rows = section.measure(bench)

@@ -138,6 +138,14 @@ def test_a_mistake_of_one_record_costs_no_function(
     assert used(admin) == {"fcall"}
 
 
+def test_constants_are_made_once() -> None:
+    """As its functions are, when it is loaded; what is not in capitals, at each call."""
+    made, _, called = script("trigger").library.partition("redis.register_function(")
+    assert "local USUAL = {__index = {" in made
+    assert "USUAL =" not in called
+    assert "  head_read, head_changed" in called
+
+
 def test_only_what_is_asked_for_often_has_a_function() -> None:
     """They stay in the server."""
     assert {name for name in SCRIPTS if script(name).function} == OFTEN
