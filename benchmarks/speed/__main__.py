@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--redis", metavar="URL", help="an empty database to use, of a server that is quiet otherwise")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
     parser.add_argument("--plots", metavar="DIRECTORY", type=Path, help="draw the figures of `scale` there")
-    parser.add_argument("--full", action="store_true", help="`scale` to a million keys and 100,000 leases; takes longer")
+    parser.add_argument("--full", action="store_true", help="`scale` to a million keys, and 100,000 leases")
     given = parser.parse_args()
     unknown = [name for name in given.sections if name not in SECTIONS]
     if unknown:
