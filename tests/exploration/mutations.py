@@ -153,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the later call's arguments are dropped",
-        "set('args:' .. run.id, ARGV[3])\n    run.version",
+        "set('args:' .. run.id, args)\n    run.version",
         "run.version",
         "G2: the run sees",
         ONE_WORKER,
