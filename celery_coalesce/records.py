@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .options import Need
 from .states import Answer, Disposition, Mode, Outcome, RunState
@@ -178,9 +178,11 @@ class Known:
     attempt: int
 
 
-@dataclass(frozen=True)
-class Lease:
-    """A slot held by a live worker. Travels from the gate to the pool child in the request."""
+class Lease(NamedTuple):
+    """A slot held by a live worker. Travels from the gate to the pool child in the request.
+
+    A tuple, unlike the other records: it is made twice in every run.
+    """
 
     state: str
     run: str
@@ -189,7 +191,7 @@ class Lease:
     attempt: int
     token: str
     session: str
-    index: int
+    index: int  # type: ignore[assignment] # the method of this name is not for a lease
     triggers: int
     key: str
     scope: str
@@ -227,7 +229,7 @@ class Lease:
         Args:
             more: Fields that only the child's lease has.
         """
-        header = {**self.__dict__, **more}
+        header = {**self._asdict(), **more}
         del header["args"]
         return header
 
@@ -236,7 +238,7 @@ class Lease:
         """Return the lease that the gate left in a request, if it did."""
         if "token" not in header:
             return None
-        return cls(**{name: header[name] for name in cls.__dataclass_fields__ if name in header})
+        return cls(**header)
 
 
 @dataclass(frozen=True)

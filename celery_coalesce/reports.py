@@ -63,10 +63,10 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
         return
     app = task.app
     bus = EventBus(app, lease.monitored, lease.hostname)
-    run = Run(engine_of(app).transitions, lease, bus, task)
+    run = Run(task, request, bus, lease, engine_of(app).transitions)
     run.failing = partial(_stop_waiting, app, run)
     request.__dict__[ATTRIBUTE] = run
-    if run.begin():
+    if run.begin() and signals.is_watched(signals.coalesce_start, bus):
         signals.emit(signals.coalesce_start, task, bus, run.meta)
 
 
@@ -83,7 +83,8 @@ def on_success(sender: Any, result: Any = None, **_: Any) -> None:
     run = _run_of(sender)
     if run is not None and not (run.lost or run.skipped) and run.next_attempt is None:
         run.complete_steps()
-        signals.emit(signals.coalesce_success, sender, run.bus, run.meta, result=result)
+        if signals.is_watched(signals.coalesce_success, run.bus):
+            signals.emit(signals.coalesce_success, sender, run.bus, run.meta, result=result)
 
 
 def on_failure(sender: Any, exception: Any = None, einfo: Any = None, **_: Any) -> None:
