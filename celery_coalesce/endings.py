@@ -187,8 +187,10 @@ def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:
 
 def stop_waiting(engine: Engine, lease: Lease, ending: Ending) -> tuple[Cleared, ...]:
     """Take what waits behind a failed run out of the queue, if its task says so, while it still holds its slot."""
+    if not (ending.failure and lease.began):
+        return ()
     policy = policy_of(engine.app, lease.task)
-    if policy is None or policy.on_error is not OnError.STOP or not (ending.failure and lease.began):
+    if policy is None or policy.on_error is not OnError.STOP:
         return ()
     why = f"run {lease.run} failed with {safe_repr(ending.error)[: signals.MOST_SHOWN]}"
     cleared = engine.transitions.clear(lease.scope, lease.key, lease.task, outcome=Outcome.STOPPED, why=why, by=lease)

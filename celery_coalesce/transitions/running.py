@@ -35,6 +35,9 @@ _OTHERS = tuple(word.value.encode() for word in (Answer.MERGE, Answer.KNOWN, Ans
 _DISPOSITIONS = {word.value: word for word in Disposition}
 _RUN_STATES = {word.value: word for word in RunState}
 
+#: The answers to a start that come with a lease.
+LEASED = frozenset({Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED})
+
 #: Of how many triggers of a key one script takes care, which blocks the server for as long.
 MOST_OF_A_KEY = 100
 
@@ -239,32 +242,31 @@ class Running(Base):
             "revoked": revoked or None,
         }
         keys = (*names.record(state), names.presence, names.held(owner))
-        reply = self._call("start", keys, state, asked)
-        answer = Answer(as_text(reply[0]))
+        told, *more = self._call("start", keys, state, asked)
+        answer = Answer(as_text(told))
+        if answer in LEASED:
+            leased, changed, done, sent = more if len(more) > 1 else (*more, b"", b"", ())
+            lease = Lease(
+                state=state,
+                run=envelope.run,
+                task_id=envelope.task_id,
+                task=envelope.task,
+                attempt=envelope.attempt,
+                owner=owner,
+                answer=answer.value,
+                args=as_blob(changed),
+                **json.loads(as_text(leased)),
+            )
+            return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))
         if answer is Answer.EARLY:
-            return Started(answer, wait=int(reply[1]), sent=self._sent(state, reply[2]))
+            return Started(answer, wait=int(more[0]), sent=self._sent(state, more[1]))
         if answer is Answer.PENDING:
-            return Started(answer, sent=self._sent(state, reply[1]))
+            return Started(answer, sent=self._sent(state, more[0]))
         if answer is Answer.CARRY:
-            return Started(answer, call=as_blob(reply[1]))
+            return Started(answer, call=as_blob(more[0]))
         if answer is Answer.STOP:
-            return Started(answer, stops=self._stops(reply[1]), sent=self._sent(state, reply[2]))
-        if answer not in (Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED):
-            return Started(answer)
-        _, told, *more = reply
-        changed, done, sent = more or (b"", b"", ())
-        lease = Lease(
-            state=state,
-            run=envelope.run,
-            task_id=envelope.task_id,
-            task=envelope.task,
-            attempt=envelope.attempt,
-            owner=owner,
-            answer=answer.value,
-            args=as_blob(changed),
-            **json.loads(as_text(told)),
-        )
-        return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))
+            return Started(answer, stops=self._stops(more[0]), sent=self._sent(state, more[1]))
+        return Started(answer)
 
     def check(self, lease: Lease, *, returned: bool = False) -> bool:
         """Return whether a lease still holds; note, if asked to, that the body has returned."""
