@@ -157,6 +157,18 @@ class RedisStore:
         with self._refusals:
             return [member.decode() for member in self._connected().srandmember(key, most)]
 
+    def push(self, key: str, what: str) -> None:
+        """Put something into a list, at its beginning.
+
+        Raises:
+            StoreUnavailable: The server can not be reached; it may be there all the same.
+            StoreError: It refused.
+        """
+        with self._refusals:
+            [reply] = self._sent([("LPUSH", key, what)])
+            if isinstance(reply, Exception):
+                raise reply
+
     def receive(self, key: str, seconds: float) -> bytes | None:
         """Take what is handed to a list; ``None`` if nothing is within some seconds.
 
