@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from celery import Task
@@ -124,7 +123,7 @@ def _pushed(
 
         def publish(run: str) -> None:
             given = {**options, "producer": producer, "retry": False}
-            _send(engine.app, replace(envelope, run=run), args, kwargs, given)
+            _send(engine.app, envelope._replace(run=run), args, kwargs, given)
 
         push = pusher.made(producer, publish)
     if push is None:

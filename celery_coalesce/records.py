@@ -1,4 +1,7 @@
-"""Frozen values that travel between the layers."""
+"""Frozen values that travel between the layers.
+
+Those that every run makes are tuples, which are made in a fifth of the time that a frozen dataclass takes.
+"""
 
 from __future__ import annotations
 
@@ -89,8 +92,7 @@ class Trigger:
     push: Push | None = None
 
 
-@dataclass(frozen=True)
-class Envelope:
+class Envelope(NamedTuple):
     """What a message for a run is made from."""
 
     state: str
@@ -126,8 +128,7 @@ class Stop:
     run: str
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """How a run ended that had begun. Times are seconds."""
 
     #: ``None``: it is no task's, and not remembered.
@@ -179,10 +180,7 @@ class Known:
 
 
 class Lease(NamedTuple):
-    """A slot held by a live worker. Travels from the gate to the pool child in the request.
-
-    A tuple, unlike the other records: it is made twice in every run.
-    """
+    """A slot held by a live worker. Travels from the gate to the pool child in the request."""
 
     state: str
     run: str
@@ -261,8 +259,7 @@ class Timing:
         return 2 * self.heartbeat
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """The gate's answer. ``lease`` is there exactly if the run was leased."""
 
     answer: Answer
@@ -285,8 +282,7 @@ class Followers:
     blobs: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A run has ended."""
 
     sent: tuple[Sent, ...]

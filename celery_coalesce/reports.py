@@ -23,7 +23,7 @@ from . import replacements, signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
-from .endings import Ending, announce_end, announce_outcome, end_run, policy_of, stop_waiting
+from .endings import Ending, announce_end, announce_outcome, end_run, stop_waiting
 from .engine import Engine, engine_of
 from .errors import StoreUnavailable, Superseded
 from .progress import PROGRESS
@@ -221,7 +221,7 @@ def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
     if not options.get("parent_id"):
         # The attempt that is just ending is no parent of its own successor.
         call.pop("parent_id", None)
-    policy = policy_of(app, attempt.task)
+    policy = engine.policy_of(attempt.task)
     if policy is not None:
         times["on_retry"] = policy.on_retry
     sent = engine.transitions.retry(

@@ -50,12 +50,16 @@ class Functions:
         if _failed(reply):
             self._load(run, script)
             [reply] = run([command])
-        if not _failed(reply):
-            self._there.add(script.name)
-            return reply
+            if _failed(reply):
+                return self._otherwise(run, script, what, reply)
+        self._there.add(script.name)
+        return reply
+
+    def _otherwise(self, run: Run, script: Script, what: What, refusal: Any) -> Any:
+        """Call the script in the place of a function that was refused, and no function again if that is the reason."""
         answer = by_script(run, script, what)
         if not isinstance(answer, Exception):
-            self._give_up(reply)
+            self._give_up(refusal)
         return answer
 
     def has(self, run: Run, script: Script) -> bool:

@@ -79,10 +79,8 @@ class RedisStore:
         with self._refusals:
             self._connected()
             run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
-            if self._functions is not None:
-                reply = self._functions.call(run, transition, what)
-            else:
-                reply = by_script(run, transition, what)
+            functions = self._functions
+            reply = functions.call(run, transition, what) if functions else by_script(run, transition, what)
             if isinstance(reply, Exception):
                 raise reply
             return reply

@@ -60,9 +60,9 @@ class Base:
             declared: What else, as the inside of a JSON object.
         """
         # The nonce is the call's own: repeated because its reply was lost, the call is known again.
-        given = {name: value for name, value in asked.items() if value is not None}
-        if "nonce" not in given:
-            given["nonce"] = new_nonce()
+        given = {"nonce": new_nonce(), **asked}
+        if None in given.values():
+            given = {name: value for name, value in given.items() if value is not None}
         return f'{self._asked}{declared}"state": "{state}", {json.dumps(given)[1:]}'
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> Any:

@@ -229,7 +229,7 @@ class Running(Base):
         """
         state = envelope.state
         names = self.store.names
-        asked = {
+        asked: dict[str, Any] = {
             "run": envelope.run,
             "task_id": envelope.task_id,
             "task": envelope.task,
@@ -237,10 +237,12 @@ class Running(Base):
             "version": envelope.version,
             "claim": claim,
             "owner": owner,
-            "late": late or None,
             "lease": self.timing.lease,
-            "revoked": revoked or None,
         }
+        if late:
+            asked["late"] = True
+        if revoked:
+            asked["revoked"] = True
         keys = (*names.record(state), names.presence, names.held(owner))
         told, *more = self._call("start", keys, state, asked)
         answer = Answer(as_text(told))
@@ -312,15 +314,16 @@ class Running(Base):
             ``None`` if the lease was lost.
         """
         names = self.store.names
-        asked = {
-            "run": lease.run,
-            "token": lease.token,
-            "told": told,
-            "announce_in": self._announce_in(announced) if drain is not None else None,
-        }
+        asked: dict[str, Any] = {"run": lease.run, "token": lease.token, "told": told}
+        if drain is not None:
+            asked["announce_in"] = self._announce_in(announced)
         if ended is not None:
-            asked["outcome"], asked["error"] = ended.outcome and ended.outcome.value, ended.error
-            asked["rests"] = ended.rests or None
+            if ended.outcome is not None:
+                asked["outcome"] = ended.outcome.value
+            if ended.error is not None:
+                asked["error"] = ended.error
+            if ended.rests:
+                asked["rests"] = True
             if ended.once:
                 asked["once"] = -1 if ended.once is True else in_ms(ended.once)
             if ended.rest:

@@ -399,6 +399,5 @@ def _note_receipt(request: Any = None, **_: Any) -> None:
 
 def _is_stopping() -> bool:
     """Return whether this worker has been told to stop, at once or when its tasks have ended."""
-    return any(
-        flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate)
-    )
+    stop, terminate = worker_state.should_stop, worker_state.should_terminate
+    return (stop is not None and stop is not False) or (terminate is not None and terminate is not False)
