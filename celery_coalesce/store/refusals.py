@@ -34,6 +34,8 @@ NEWER = "NEWER"
 
 #: It could not be asked.
 OUTAGES = (RedisConnectionError, RedisTimeoutError, RedisClusterException, OperationalError)
+#: Whatever may come out of redis-py.
+THEIRS = (*OUTAGES, RedisError)
 
 #: It was asked, has changed nothing, and will do better: a replica that was the primary, a memory that is full, a slot
 #: on its way to another node, or of a node that is gone.
@@ -70,7 +72,7 @@ class Refusals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Raise what is ours in the place of what is not."""
-        if isinstance(error, (*OUTAGES, RedisError)) and not isinstance(error, StoreUnavailable):
+        if isinstance(error, THEIRS) and not isinstance(error, StoreUnavailable):
             raise self._ours(error) from error
 
     def _ours(self, error: Exception) -> Exception:

@@ -35,8 +35,9 @@ _OTHERS = tuple(word.value.encode() for word in (Answer.MERGE, Answer.KNOWN, Ans
 _DISPOSITIONS = {word.value: word for word in Disposition}
 _RUN_STATES = {word.value: word for word in RunState}
 
-#: The answers to a start that come with a lease.
-LEASED = frozenset({Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED})
+_ANSWERS = {word.value: word for word in Answer}
+#: Those to a start that come with a lease.
+_LEASED = (Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED)
 
 #: Of how many triggers of a key one script takes care, which blocks the server for as long.
 MOST_OF_A_KEY = 100
@@ -245,8 +246,8 @@ class Running(Base):
             asked["revoked"] = True
         keys = (*names.record(state), names.presence, names.held(owner))
         told, *more = self._call("start", keys, state, asked)
-        answer = Answer(as_text(told))
-        if answer in LEASED:
+        answer = _ANSWERS[as_text(told)]
+        if answer in _LEASED:
             leased, changed, done, sent = more if len(more) > 1 else (*more, b"", b"", ())
             lease = Lease(
                 state=state,
