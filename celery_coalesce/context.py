@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Ignore, TaskPredicate
 
 from . import signals
-from .errors import LeaseLost, StoreUnavailable
+from .errors import InvalidKey, LeaseLost, StoreUnavailable
+from .keys import state_id
 from .progress import PROGRESS, Progress
 from .records import Cleared, Lease
 from .setups import value_of
@@ -55,23 +57,45 @@ class InlineRun:
     """``self.coalesce`` of a body that was called directly or eagerly, or is exempt: no lease, nothing to lose.
 
     Args:
-        meta: The run's metadata.
         task: Its task.
         request: Its request.
-
-    Attributes:
-        meta: The run's metadata.
+        bus: Where its events go; nowhere, if not given.
     """
 
-    def __init__(self, meta: RunMeta, task: Any, request: Context) -> None:
-        self.meta = meta
-        self.bus = EventBus(task.app, enabled=False)
+    def __init__(self, task: Any, request: Context, bus: EventBus | None = None) -> None:
+        self.bus = bus or EventBus(task.app, enabled=False)
         #: ``coalesce_should_run`` had the body left out.
         self.skipped = False
         self._task = task
         self._policy: Policy = task.coalesce_policy
         self._request = request
         self._in_body = False
+
+    @cached_property
+    def meta(self) -> RunMeta:
+        """The run's metadata. Made when it is first asked for, which most bodies never do."""
+        policy, request = self._policy, self._request
+        args, kwargs = request.args or (), request.kwargs or {}
+        try:
+            key, labels = policy.key(args, kwargs) or "", policy.labels_of(args, kwargs)
+        except InvalidKey:
+            # Exempt, or with a key of its own, the call needed none from its arguments.
+            key, labels = "", {}
+        return RunMeta(
+            key=key,
+            scope=policy.scope,
+            type="task" if policy.whole_task else "key",
+            name=policy.task,
+            task_id=request.id or "",
+            state_id=state_id(policy.scope, key),
+            session_id=0,
+            run_id=0,
+            run_index=0,
+            attempt=request.retries or 0,
+            token=0,
+            triggers=1,
+            labels=labels,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "meta":
@@ -193,37 +217,38 @@ class InlineRun:
 
     def _attempt(self, body: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Set the process up, ask whether the body shall run, and run it."""
-        if self._policy.setup is not None:
-            value_of(self._policy.setup)
-        if not self._should_run(args, kwargs):
+        policy = self._policy
+        if policy.setup is not None:
+            value_of(policy.setup)
+        if policy.should_run is not None and not self._should_run(policy.should_run, args, kwargs):
             self.skipped = True
             return None
         return body(*args, **kwargs)
 
-    def _should_run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    def _should_run(self, asked: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         # A call without a key is exempt: a plain Celery call.
-        if self._policy.should_run is None or not self.meta.key:
+        if not self.meta.key:
             return True
         # Bound first, so that the task's defaults count even where the function has none.
         parameters = self._policy.parameters
         args, kwargs = parameters.unbind(parameters.bind(args, kwargs))
-        return bool(self._policy.should_run(*args, **kwargs))
+        return bool(asked(*args, **kwargs))
 
 
 class Run(InlineRun):
     """``self.coalesce`` of a body that a worker runs. Has every field of :class:`~celery_coalesce.RunMeta`.
 
     Args:
-        transitions: The engine.
-        lease: The run's lease.
-        bus: Where its events go.
         task: Its task.
+        request: Its request.
+        bus: Where its events go.
+        lease: The run's lease.
+        transitions: The engine.
     """
 
-    def __init__(self, transitions: Transitions, lease: Lease, bus: EventBus, task: Any) -> None:
-        super().__init__(RunMeta.of(lease), task, task.request)
+    def __init__(self, task: Any, request: Context, bus: EventBus, lease: Lease, transitions: Transitions) -> None:
+        super().__init__(task, request, bus)
         self.lease = lease
-        self.bus = bus
         self.transitions = transitions
         #: The lease was refused: nothing of this attempt may be stored, published or reported.
         self.lost = False
@@ -235,6 +260,11 @@ class Run(InlineRun):
         #: What is done about a failure before anybody can know of it, and what that has taken out of the queue.
         self.failing: Callable[[Exception], None] | None = None
         self.stopped: tuple[Cleared, ...] | None = None
+
+    @cached_property
+    def meta(self) -> RunMeta:
+        """The run's metadata."""
+        return RunMeta.of(self.lease)
 
     @property
     def _age(self) -> float:

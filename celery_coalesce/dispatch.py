@@ -70,7 +70,7 @@ def _published(engine: Engine, envelope: Envelope) -> Iterable[Sent]:
         give_turn(engine, envelope)
         return ()
     try:
-        _publish(engine.app, envelope)
+        _publish(engine, envelope)
     except UNREADABLE as error:
         # Nothing that time mends.
         logger.exception(
@@ -100,34 +100,58 @@ def _published(engine: Engine, envelope: Envelope) -> Iterable[Sent]:
     return ()
 
 
-def _publish(app: Celery, envelope: Envelope) -> None:
+def _publish(engine: Engine, envelope: Envelope) -> None:
+    """Publish one run's message in the name of the call that made it, whoever publishes it."""
+    app = engine.app
     args, kwargs = decode(app, envelope.args)
     options = options_of(decode(app, envelope.call)) if envelope.call else {}
-    send(app, envelope, args, kwargs, options)
+    if not _pushed(engine, envelope, args, kwargs, options):
+        _send(app, envelope, args, kwargs, options)
 
 
-def send(
-    app: Celery, envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]
+def _pushed(
+    engine: Engine, envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> bool:
+    """Push the message on the state server's connection, if that is all that publishing would do.
+
+    Kombu makes a client for each message, which takes longer than the message itself.
+    """
+    pusher = engine.pusher
+    if pusher is None or not pusher.is_free():
+        return False
+    with engine.app.producer_or_acquire() as producer:
+
+        def publish(run: str) -> None:
+            given = {**options, "producer": producer, "retry": False}
+            _send(engine.app, envelope._replace(run=run), args, kwargs, given)
+
+        push = pusher.made(producer, publish)
+    if push is None:
+        return False
+    engine.transitions.store.push(push.queue, f"{push.before}{envelope.run}{push.after}")
+    return True
+
+
+def _send(
+    app: Celery, envelope: Envelope, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
-    """Publish one run's message in the name of the call that made it, whoever publishes it."""
     task = app.tasks.get(envelope.task)
-    ignored = options.pop("ignore_result", task.ignore_result if task is not None else None)
     headers = {
-        **(options.pop("headers", None) or {}),
+        **(given.get("headers") or {}),
         HEADER: run_header(envelope.state, envelope.run, envelope.attempt, envelope.version, wait=envelope.delay),
         # The publisher is not the caller: celery.app.base.Celery.send_task (5.5-5.7) would make the task that it is
         # just running the parent, and open a subscription for a result that nobody waits for here.
-        "parent_id": options.get("parent_id"),
-        "ignore_result": ignored,
+        "parent_id": given.get("parent_id"),
+        "ignore_result": given.get("ignore_result", task.ignore_result if task is not None else None),
     }
     if envelope.delay > 0:
         headers["eta"] = eta_header(envelope.delay)
     options = {
         "priority": None,
-        **options,
+        **given,
         "headers": headers,
         "task_id": envelope.task_id,
-        "root_id": options.get("root_id") or envelope.task_id,
+        "root_id": given.get("root_id") or envelope.task_id,
         "add_to_parent": False,
         "ignore_result": True,
     }

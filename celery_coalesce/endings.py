@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery import group, states
 from celery.canvas import maybe_signature
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from .engine import Engine
-    from .policy import Policy
     from .records import Cleared, Lease
     from .signals import EventBus
 
@@ -41,7 +39,6 @@ __all__ = [
     "announce_outcome",
     "done_once",
     "end_run",
-    "policy_of",
     "stop_waiting",
     "stored_ending",
     "take_back",
@@ -56,8 +53,7 @@ SUPERSEDED = "superseded"
 logger = logging.getLogger("celery_coalesce")
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """How a run ended, and with what."""
 
     outcome: Outcome
@@ -171,7 +167,7 @@ def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:
     if lease.task in PLAIN and lease.began:
         rest = engine.longest_rest(lease.scope) if ending.outcome is not Outcome.SKIPPED else 0.0
         return Ended(None, rests=bool(rest), cooldown=rest, rest=rest)
-    policy = policy_of(engine.app, lease.task)
+    policy = engine.policy_of(lease.task)
     if policy is None or not lease.began:
         return None
     rests = ending.outcome is not Outcome.SKIPPED
@@ -187,19 +183,15 @@ def _ended(engine: Engine, lease: Lease, ending: Ending) -> Ended | None:
 
 def stop_waiting(engine: Engine, lease: Lease, ending: Ending) -> tuple[Cleared, ...]:
     """Take what waits behind a failed run out of the queue, if its task says so, while it still holds its slot."""
-    policy = policy_of(engine.app, lease.task)
-    if policy is None or policy.on_error is not OnError.STOP or not (ending.failure and lease.began):
+    if not (ending.failure and lease.began):
+        return ()
+    policy = engine.policy_of(lease.task)
+    if policy is None or policy.on_error is not OnError.STOP:
         return ()
     why = f"run {lease.run} failed with {safe_repr(ending.error)[: signals.MOST_SHOWN]}"
     cleared = engine.transitions.clear(lease.scope, lease.key, lease.task, outcome=Outcome.STOPPED, why=why, by=lease)
     publish_all(engine, cleared.sent)
     return cleared.told_here
-
-
-def policy_of(app: Celery, task_name: str) -> Policy | None:
-    """Return the options of a task that this process knows and that coalesces."""
-    policy: Policy | None = getattr(app.tasks.get(task_name), "coalesce_policy", None)
-    return policy
 
 
 def tell_follower(bus: EventBus, blob: bytes, ending: Ending) -> None:

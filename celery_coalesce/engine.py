@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from .pushing import Pusher
 from .records import Timing
@@ -34,6 +36,17 @@ class Engine:
     pusher: Pusher | None = None
     _by_scope: dict[tuple[str, int], list[Policy]] = field(default_factory=dict)
 
+    @cached_property
+    def tasks(self) -> Mapping[str, Any]:
+        """The app's tasks. Celery takes a while to look the registry up."""
+        tasks: Mapping[str, Any] = self.app.tasks
+        return tasks
+
+    def policy_of(self, task: str) -> Policy | None:
+        """Return the options of a task that this process knows and that coalesces."""
+        policy: Policy | None = getattr(self.tasks.get(task), "coalesce_policy", None)
+        return policy
+
     def longest_rest(self, scope: str) -> float:
         """Return the longest ``coalesce_cooldown`` of the tasks that share a scope, in seconds."""
         return max((policy.cooldown for policy in self._policies(scope)), default=0.0)
@@ -48,10 +61,10 @@ class Engine:
 
     def _policies(self, scope: str) -> list[Policy]:
         # Asked at every end of a run; tasks may be added, and never change.
-        known = (scope, len(self.app.tasks))
+        known = (scope, len(self.tasks))
         found = self._by_scope.get(known)
         if found is None:
-            policies = (getattr(task, "coalesce_policy", None) for task in self.app.tasks.values())
+            policies = (getattr(task, "coalesce_policy", None) for task in self.tasks.values())
             found = [policy for policy in policies if policy is not None and policy.scope == scope]
             self._by_scope[known] = found
         return found

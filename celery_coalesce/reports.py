@@ -23,7 +23,7 @@ from . import replacements, signals
 from .calls import HEADER, TIMES, captured, encode, moment
 from .context import ATTRIBUTE, NextAttempt, Run
 from .dispatch import publish_all
-from .endings import Ending, announce_end, announce_outcome, end_run, policy_of, stop_waiting
+from .endings import Ending, announce_end, announce_outcome, end_run, stop_waiting
 from .engine import Engine, engine_of
 from .errors import StoreUnavailable, Superseded
 from .progress import PROGRESS
@@ -63,10 +63,10 @@ def on_prerun(sender: Any, task: Any, **_: Any) -> None:
         return
     app = task.app
     bus = EventBus(app, lease.monitored, lease.hostname)
-    run = Run(engine_of(app).transitions, lease, bus, task)
+    run = Run(task, request, bus, lease, engine_of(app).transitions)
     run.failing = partial(_stop_waiting, app, run)
     request.__dict__[ATTRIBUTE] = run
-    if run.begin():
+    if run.begin() and signals.is_watched(signals.coalesce_start, bus):
         signals.emit(signals.coalesce_start, task, bus, run.meta)
 
 
@@ -83,7 +83,8 @@ def on_success(sender: Any, result: Any = None, **_: Any) -> None:
     run = _run_of(sender)
     if run is not None and not (run.lost or run.skipped) and run.next_attempt is None:
         run.complete_steps()
-        signals.emit(signals.coalesce_success, sender, run.bus, run.meta, result=result)
+        if signals.is_watched(signals.coalesce_success, run.bus):
+            signals.emit(signals.coalesce_success, sender, run.bus, run.meta, result=result)
 
 
 def on_failure(sender: Any, exception: Any = None, einfo: Any = None, **_: Any) -> None:
@@ -220,7 +221,7 @@ def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
     if not options.get("parent_id"):
         # The attempt that is just ending is no parent of its own successor.
         call.pop("parent_id", None)
-    policy = policy_of(app, attempt.task)
+    policy = engine.policy_of(attempt.task)
     if policy is not None:
         times["on_retry"] = policy.on_retry
     sent = engine.transitions.retry(

@@ -10,8 +10,7 @@ Per session: start, (success | error), [start ...], drain. A run with steps tell
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery.utils.dispatch import Signal
 
@@ -69,8 +68,7 @@ coalesce_drain = Signal(name="coalesce_drain", providing_args={"meta"})
 coalesce_lost = Signal(name="coalesce_lost", providing_args={"meta", "again"})
 
 
-@dataclass(frozen=True)
-class EventBus:
+class EventBus(NamedTuple):
     """Celery's event bus, as one process may use it."""
 
     app: Celery

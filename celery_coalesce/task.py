@@ -18,14 +18,12 @@ from .context import ATTRIBUTE, InlineRun, NextAttempt, Run
 from .dispatch import publish_all
 from .endings import tell_cleared
 from .engine import engine_of
-from .errors import CoalesceError, InvalidKey, OptionError, StoreUnavailable, Superseded
+from .errors import CoalesceError, OptionError, StoreUnavailable, Superseded
 from .install import install
-from .keys import state_id
 from .policy import Policy
 from .records import Lease
 from .reports import continue_run
 from .result import CoalescedResult
-from .views import RunMeta
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -188,39 +186,19 @@ class CoalescedTask(CallingTask):
         That is ``check()``, ``superseded``, ``step()`` and ``setup``.
         """
         run: InlineRun | None = self.request.__dict__.get(ATTRIBUTE)
-        return run if run is not None else InlineRun(self._inline_meta(self.request), self, self.request)
+        if run is None:
+            # Celery's own tasks have none.
+            self._policy()
+            run = InlineRun(self, self.request)
+        return run
 
     def _eager_run(self, request: Context) -> InlineRun | None:
         """Return the run of an eager call whose policies have a say in it, so that tests see what they do."""
         policy = self.coalesce_policy
         if policy is None or not (policy.should_run or policy.steps or policy.setup):
             return None
-        run = request.__dict__[ATTRIBUTE] = InlineRun(self._inline_meta(request), self, request)
+        run = request.__dict__[ATTRIBUTE] = InlineRun(self, request)
         return run
-
-    def _inline_meta(self, request: Context) -> RunMeta:
-        policy = self._policy()
-        args, kwargs = request.args or (), request.kwargs or {}
-        try:
-            key, labels = policy.key(args, kwargs) or "", policy.labels_of(args, kwargs)
-        except InvalidKey:
-            # Exempt, or with a key of its own, the call needed none from its arguments.
-            key, labels = "", {}
-        return RunMeta(
-            key=key,
-            scope=policy.scope,
-            type="task" if policy.whole_task else "key",
-            name=policy.task,
-            task_id=request.id or "",
-            state_id=state_id(policy.scope, key),
-            session_id=0,
-            run_id=0,
-            run_index=0,
-            attempt=request.retries or 0,
-            token=0,
-            triggers=1,
-            labels=labels,
-        )
 
     def _policy(self) -> Policy:
         self._get_app()

@@ -34,6 +34,10 @@ class Store(Protocol):
         """Return some members of a set."""
         ...
 
+    def push(self, key: str, what: str) -> None:
+        """Put something into a list, at its beginning."""
+        ...
+
     def receive(self, key: str, seconds: float) -> bytes | None:
         """Take what is handed to a list; ``None`` if nothing is within some seconds."""
         ...

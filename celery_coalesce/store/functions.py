@@ -9,17 +9,28 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
 from .refusals import NEWER, code_of, is_outage
 from .scripts import Script
 from .wire import Command
 
-__all__ = ["Functions"]
+__all__ = ["Functions", "by_script"]
 
 logger = logging.getLogger("celery_coalesce")
 
+#: Sends commands, and returns their replies.
 Run = Callable[[Sequence[Command]], list[Any]]
+#: The number of keys, the keys and the arguments of a transition.
+What = Sequence[str | bytes | int]
+
+
+def by_script(run: Run, script: Script, what: What) -> Any:
+    """Call a transition as a script; return its reply."""
+    [reply] = run([("EVALSHA", script.sha, *what)])
+    if isinstance(reply, NoScriptError):
+        [reply] = run([("EVAL", script.text, *what)])
+    return reply
 
 
 class Functions:
@@ -30,28 +41,25 @@ class Functions:
         #: The names of transitions that the server has had a function of.
         self._there: set[str] = set()
 
-    def call(self, run: Run, script: Script, what: Sequence[str | bytes | int], otherwise: Callable[[], Any]) -> Any:
-        """Call a transition, by its function if there is one.
-
-        Args:
-            run: Sends commands, and returns their replies.
-            script: The transition.
-            what: The number of keys, the keys and the arguments.
-            otherwise: Calls it as a script.
-        """
+    def call(self, run: Run, script: Script, what: What) -> Any:
+        """Call a transition, by its function if there is one; return its reply."""
         if not self._usable or script.function is None:
-            return otherwise()
+            return by_script(run, script, what)
         command = ("FCALL", script.function, *what)
         [reply] = run([command])
         if _failed(reply):
             self._load(run, script)
             [reply] = run([command])
-        if not _failed(reply):
-            self._there.add(script.name)
-            return reply
-        answer = otherwise()
+            if _failed(reply):
+                return self._otherwise(run, script, what, reply)
+        self._there.add(script.name)
+        return reply
+
+    def _otherwise(self, run: Run, script: Script, what: What, refusal: Any) -> Any:
+        """Call the script in the place of a function that was refused, and no function again if that is the reason."""
+        answer = by_script(run, script, what)
         if not isinstance(answer, Exception):
-            self._give_up(reply)
+            self._give_up(refusal)
         return answer
 
     def has(self, run: Run, script: Script) -> bool:

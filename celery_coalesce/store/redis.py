@@ -7,22 +7,21 @@ redis-py's pools notice a new process id.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.cluster import RedisCluster
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import ResponseError
 
-from ..errors import NewerRecord, SettingError, StoreError, StoreUnavailable
+from ..errors import SettingError, StoreUnavailable
 from ..keys import Names
 from ..settings import Settings
 from . import MOST_AT_ONCE
 from .clients import Client, from_url, is_redis, like_backend, like_broker, shown
-from .functions import Functions
-from .refusals import NEWER, OUTAGES, code_of, is_outage
+from .functions import Functions, by_script
+from .refusals import Refusals
 from .replicas import WAIT_FOR, connected, piped, sent_and_kept
 from .scripts import script
 from .wire import Command, Wire
@@ -64,6 +63,7 @@ class RedisStore:
         #: ``None`` of a Cluster, whose client alone knows which node to ask.
         self._wire: Wire | None = None
         self._functions: Functions | None = None
+        self._refusals = Refusals(address)
         self._lock = threading.Lock()
 
     def call(self, script_name: str, keys: Sequence[str], *argv: str | bytes | int) -> Any:
@@ -75,19 +75,12 @@ class RedisStore:
             StoreError: It refused.
         """
         transition = script(script_name)
-        with self._errors():
-            run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
-            what = (len(keys), *keys, *argv)
-
-            def by_script() -> Any:
-                [reply] = run([("EVALSHA", transition.sha, *what)])
-                if isinstance(reply, NoScriptError):
-                    [reply] = run([("EVAL", transition.text, *what)])
-                return reply
-
+        what = (len(keys), *keys, *argv)
+        with self._refusals:
             self._connected()
+            run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
             functions = self._functions
-            reply = functions.call(run, transition, what, by_script) if functions is not None else by_script()
+            reply = functions.call(run, transition, what) if functions else by_script(run, transition, what)
             if isinstance(reply, Exception):
                 raise reply
             return reply
@@ -140,7 +133,7 @@ class RedisStore:
             yield from self._call_at_once(calls[start : start + MOST_AT_ONCE])
 
     def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        with self._errors():
+        with self._refusals:
             run = self._sent_and_kept if self._replicas else self._sent
             self._connected()
             names = {name for name, *_ in calls}
@@ -152,15 +145,27 @@ class RedisStore:
                 functions.lost()
                 replies = run(_commands(calls, set()))
         for reply in replies:
-            with self._errors():
+            with self._refusals:
                 if isinstance(reply, Exception):
                     raise reply
             yield reply
 
     def members(self, key: str, most: int) -> list[str]:
         """Return some members of a set."""
-        with self._errors():
+        with self._refusals:
             return [member.decode() for member in self._connected().srandmember(key, most)]
+
+    def push(self, key: str, what: str) -> None:
+        """Put something into a list, at its beginning.
+
+        Raises:
+            StoreUnavailable: The server can not be reached; it may be there all the same.
+            StoreError: It refused.
+        """
+        with self._refusals:
+            [reply] = self._sent([("LPUSH", key, what)])
+            if isinstance(reply, Exception):
+                raise reply
 
     def receive(self, key: str, seconds: float) -> bytes | None:
         """Take what is handed to a list; ``None`` if nothing is within some seconds.
@@ -169,7 +174,7 @@ class RedisStore:
             key: The list.
             seconds: More than 0, and well below the time that an answer of the server may take.
         """
-        with self._errors():
+        with self._refusals:
             client = self._connected()
             # Moved onto itself: an element that was popped would be gone with a reply that was lost.
             blob: bytes | None = client.blmove(key, key, max(seconds, LEAST_WAIT), "LEFT", "LEFT")
@@ -183,7 +188,7 @@ class RedisStore:
         Raises:
             StoreUnavailable: The server can not be reached; the next call tries again.
         """
-        with self._errors():
+        with self._refusals:
             self._connected()
 
     def close(self) -> None:
@@ -243,22 +248,6 @@ class RedisStore:
         """Fail before anything is changed where there are too few replicas to begin with."""
         if self._replicas and (there := connected(client, self.names.meta)) < self._replicas:
             raise self._too_few(f"{there} are connected")
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn redis-py's errors into ours; no message of theirs names a password."""
-        try:
-            yield
-        except StoreUnavailable:
-            raise
-        except OUTAGES as error:
-            raise StoreUnavailable(f"the state server {self.address} can not be reached: {error}") from error
-        except RedisError as error:
-            if code_of(error) == NEWER:
-                raise NewerRecord(f"{error}; upgrade this process") from error
-            if is_outage(error):
-                raise StoreUnavailable(f"the state server {self.address} refused for now: {error}") from error
-            raise StoreError(f"the state server {self.address} refused: {error}") from error
 
 
 def _commands(calls: Sequence[tuple[Any, ...]], functions: set[str]) -> list[Command]:

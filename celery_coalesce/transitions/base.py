@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from secrets import token_hex
 from typing import Any
 
 from ..records import Advance, Cleared, Envelope, Lease, Sent, Stop, Timing
@@ -16,7 +16,7 @@ __all__ = ["Base", "as_blob", "as_text", "new_nonce"]
 
 def new_nonce() -> str:
     """Return what one call of a transition is known again by."""
-    return token_hex(6)
+    return os.urandom(6).hex()
 
 
 def as_text(value: Any) -> str:
@@ -60,8 +60,9 @@ class Base:
             declared: What else, as the inside of a JSON object.
         """
         # The nonce is the call's own: repeated because its reply was lost, the call is known again.
-        given = {"nonce": new_nonce()} if "nonce" not in asked else {}
-        given.update((name, value) for name, value in asked.items() if value is not None)
+        given = {"nonce": new_nonce(), **asked}
+        if None in given.values():
+            given = {name: value for name, value in given.items() if value is not None}
         return f'{self._asked}{declared}"state": "{state}", {json.dumps(given)[1:]}'
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> Any:

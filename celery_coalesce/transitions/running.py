@@ -35,6 +35,10 @@ _OTHERS = tuple(word.value.encode() for word in (Answer.MERGE, Answer.KNOWN, Ans
 _DISPOSITIONS = {word.value: word for word in Disposition}
 _RUN_STATES = {word.value: word for word in RunState}
 
+_ANSWERS = {word.value: word for word in Answer}
+#: Those to a start that come with a lease.
+_LEASED = (Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED)
+
 #: Of how many triggers of a key one script takes care, which blocks the server for as long.
 MOST_OF_A_KEY = 100
 
@@ -226,7 +230,7 @@ class Running(Base):
         """
         state = envelope.state
         names = self.store.names
-        asked = {
+        asked: dict[str, Any] = {
             "run": envelope.run,
             "task_id": envelope.task_id,
             "task": envelope.task,
@@ -234,37 +238,38 @@ class Running(Base):
             "version": envelope.version,
             "claim": claim,
             "owner": owner,
-            "late": late or None,
             "lease": self.timing.lease,
-            "revoked": revoked or None,
         }
+        if late:
+            asked["late"] = True
+        if revoked:
+            asked["revoked"] = True
         keys = (*names.record(state), names.presence, names.held(owner))
-        reply = self._call("start", keys, state, asked)
-        answer = Answer(as_text(reply[0]))
+        told, *more = self._call("start", keys, state, asked)
+        answer = _ANSWERS[as_text(told)]
+        if answer in _LEASED:
+            leased, changed, done, sent = more if len(more) > 1 else (*more, b"", b"", ())
+            lease = Lease(
+                state=state,
+                run=envelope.run,
+                task_id=envelope.task_id,
+                task=envelope.task,
+                attempt=envelope.attempt,
+                owner=owner,
+                answer=answer.value,
+                args=as_blob(changed),
+                **json.loads(as_text(leased)),
+            )
+            return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))
         if answer is Answer.EARLY:
-            return Started(answer, wait=int(reply[1]), sent=self._sent(state, reply[2]))
+            return Started(answer, wait=int(more[0]), sent=self._sent(state, more[1]))
         if answer is Answer.PENDING:
-            return Started(answer, sent=self._sent(state, reply[1]))
+            return Started(answer, sent=self._sent(state, more[0]))
         if answer is Answer.CARRY:
-            return Started(answer, call=as_blob(reply[1]))
+            return Started(answer, call=as_blob(more[0]))
         if answer is Answer.STOP:
-            return Started(answer, stops=self._stops(reply[1]), sent=self._sent(state, reply[2]))
-        if answer not in (Answer.RUNNING, Answer.EXPIRED, Answer.REVOKED, Answer.SKIPPED):
-            return Started(answer)
-        _, told, *more = reply
-        changed, done, sent = more or (b"", b"", ())
-        lease = Lease(
-            state=state,
-            run=envelope.run,
-            task_id=envelope.task_id,
-            task=envelope.task,
-            attempt=envelope.attempt,
-            owner=owner,
-            answer=answer.value,
-            args=as_blob(changed),
-            **json.loads(as_text(told)),
-        )
-        return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))
+            return Started(answer, stops=self._stops(more[0]), sent=self._sent(state, more[1]))
+        return Started(answer)
 
     def check(self, lease: Lease, *, returned: bool = False) -> bool:
         """Return whether a lease still holds; note, if asked to, that the body has returned."""
@@ -310,15 +315,16 @@ class Running(Base):
             ``None`` if the lease was lost.
         """
         names = self.store.names
-        asked = {
-            "run": lease.run,
-            "token": lease.token,
-            "told": told,
-            "announce_in": self._announce_in(announced) if drain is not None else None,
-        }
+        asked: dict[str, Any] = {"run": lease.run, "token": lease.token, "told": told}
+        if drain is not None:
+            asked["announce_in"] = self._announce_in(announced)
         if ended is not None:
-            asked["outcome"], asked["error"] = ended.outcome and ended.outcome.value, ended.error
-            asked["rests"] = ended.rests or None
+            if ended.outcome is not None:
+                asked["outcome"] = ended.outcome.value
+            if ended.error is not None:
+                asked["error"] = ended.error
+            if ended.rests:
+                asked["rests"] = True
             if ended.once:
                 asked["once"] = -1 if ended.once is True else in_ms(ended.once)
             if ended.rest:

@@ -7,11 +7,9 @@ the one method on that way that a subclass keeps.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import time
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -93,8 +91,13 @@ class CoalescedRequest(ReportingRequest):
             # The heartbeat asks whether the store is back: the worker's event loop does not wait for it.
             self._hold(GATE_AGAIN)
             return True
-        with self._gate() as engine:
-            return self._admit(engine)
+        try:
+            return self._admit(engine_of(self.app))
+        except StoreUnavailable as error:
+            self._keep(error)
+        except Exception as error:
+            # Whatever a message or a record holds, it must not take the worker down.
+            self._fail(error)
         return True
 
     def _exempt(self) -> bool:
@@ -107,24 +110,17 @@ class CoalescedRequest(ReportingRequest):
         self._request_dict[HEADER] = {"exempt": True}
         return bool(super().revoked())
 
-    @contextlib.contextmanager
-    def _gate(self) -> Iterator[Engine]:
-        """Keep the message if the store is away; fail it if it can not be admitted."""
-        try:
-            yield engine_of(self.app)
-        except StoreUnavailable as error:
-            presence_of(self.app).noticed(error)
-            logger.warning(
-                "Task %s[%s] waits for the state server: %s",
-                self.name,
-                self.id,
-                error,
-                extra={"action": "gate_away", "task_id": self.id},
-            )
-            self._hold(GATE_AGAIN)
-        except Exception as error:
-            # Whatever a message or a record holds, it must not take the worker down.
-            self._fail(error)
+    def _keep(self, error: StoreUnavailable) -> None:
+        """Keep the message while the store is away."""
+        presence_of(self.app).noticed(error)
+        logger.warning(
+            "Task %s[%s] waits for the state server: %s",
+            self.name,
+            self.id,
+            error,
+            extra={"action": "gate_away", "task_id": self.id},
+        )
+        self._hold(GATE_AGAIN)
 
     def _admit(self, engine: Engine) -> bool:
         if self.task.coalesce_refused is not None:
@@ -403,6 +399,5 @@ def _note_receipt(request: Any = None, **_: Any) -> None:
 
 def _is_stopping() -> bool:
     """Return whether this worker has been told to stop, at once or when its tasks have ended."""
-    return any(
-        flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate)
-    )
+    stop, terminate = worker_state.should_stop, worker_state.should_terminate
+    return (stop is not None and stop is not False) or (terminate is not None and terminate is not False)

@@ -139,6 +139,9 @@ class EffectStore:
     def members(self, key: str, most: int) -> list[str]:
         return list(STAGE.effect("members", key))
 
+    def push(self, key: str, what: str) -> None:
+        STAGE.effect("publish", *json.loads(what))
+
     def connect(self) -> None:
         """Nothing is connected to."""
 

@@ -52,5 +52,5 @@ class ClockedStore(RedisStore):
             asked = f"redis.call('HMGET', '{self._name}', 's', 'us')"
             text = script(script_name).text.replace(TIME, asked)
             self._texts[script_name] = text if self.expires else re.sub("'PEXPIRE(AT)?'", "'TOUCH'", text)
-        with self._errors():
+        with self._refusals:
             return self._test_client.eval(self._texts[script_name], len(keys), *keys, *argv)  # type: ignore[arg-type]

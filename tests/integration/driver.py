@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import redis
@@ -243,7 +242,7 @@ class Driver:
         attempt = accepted.attempt if isinstance(accepted, Known) else 0
         state = self.state(key, changed.pop("scope", "task"))
         envelope = Envelope(state, accepted.run, accepted.task_id, "task", attempt, 0, 0, b"", b"")
-        return replace(envelope, **changed)
+        return envelope._replace(**changed)
 
     def start(self, envelope: Envelope, owner: str = "w/1/a", claim: str = "", **changed: Any) -> Started:
         """Bring a message to the gate."""

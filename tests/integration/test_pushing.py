@@ -14,7 +14,10 @@ from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
+from celery_coalesce.calls import encode
+from celery_coalesce.dispatch import publish_all
 from celery_coalesce.engine import engine_of
+from celery_coalesce.records import Envelope
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal
 from tests.support.process import wait_until
@@ -230,6 +233,75 @@ def test_a_caller_is_subscribed_to_its_result(pushes: bool, app: HarnessApp, ask
     assert app.backend.get_key_for_task(first.id) in subscribed
     assert set(consumer.subscribed_to) == subscribed
     assert second.id == first.id
+
+
+class TestFollowUps:
+    """What whoever ends a run publishes in its place."""
+
+    @pytest.fixture
+    def pushed(self, app: HarnessApp, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The queues that were pushed to on the state server's own connection."""
+        store = engine_of(app).transitions.store
+        queues: list[str] = []
+        plain = store.push
+
+        def push(key: str, what: str) -> None:
+            queues.append(key)
+            plain(key, what)
+
+        monkeypatch.setattr(store, "push", push)
+        return queues
+
+    @staticmethod
+    def envelope(journal: Journal, **given: Any) -> Envelope:
+        args = encode(((journal.key(), "é"), {"gate": "g"}), "json")
+        call = encode({"headers": {"x": 1}, "shadow": "s", "time_limit": 9, "priority": 3, "root_id": "root"}, "json")
+        what = {"state": "a" * 26, "run": "17", "task_id": "id", "task": "queue", "attempt": 1, "version": 2}
+        return Envelope(**{**what, "delay": 0, "args": args, "call": call, **given})
+
+    @pytest.mark.parametrize("delay", [0, 60_000])
+    @pytest.mark.parametrize("task", ["queue", "unknown"])
+    def test_a_pushed_message_is_the_one_that_celery_would_publish(
+        self, task: str, delay: int, app: HarnessApp, pushed: list[str], journal: Journal
+    ) -> None:
+        """Field by field; who listens for publishes is told of it, and it is published as ever."""
+        told: list[str] = []
+
+        def receiver(sender: Any = None, **_: Any) -> None:
+            told.append(sender)
+
+        envelope = self.envelope(journal, task=task, delay=delay)
+        publish_all(engine_of(app), [envelope])
+        assert pushed == ["celery\x06\x163"]
+        before_task_publish.connect(receiver)
+        try:
+            publish_all(engine_of(app), [envelope])
+        finally:
+            before_task_publish.disconnect(receiver)
+        assert (len(pushed), told) == (1, [task])
+        found = messages(app, "celery\x06\x163")
+        for message in found:
+            assert message["properties"].pop("delivery_tag")
+            eta = message["headers"].pop("eta")
+            assert (eta is not None) == bool(delay)
+        one, other = found
+        assert one["headers"]["coalesce"]["run"] == "17"
+        assert one == other
+
+    def test_one_that_can_not_be_pushed_is_tried_again(
+        self, app: HarnessApp, asked: Asked, pushed: list[str], journal: Journal, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The queue's name is taken by something else: the record knows that it was not sent."""
+        publish_all(engine_of(app), [self.envelope(journal, call=b"")])
+        messages(app)
+        with app.connection_for_write() as connection:
+            client = connection.default_channel.client
+            client.set("celery", "no list")
+            publish_all(engine_of(app), [self.envelope(journal, call=b"")])
+            client.delete("celery")
+        assert pushed == ["celery", "celery"]
+        assert asked.names == ["unpublished"]
+        assert [getattr(record, "action", "") for record in caplog.records] == ["publish_failed"]
 
 
 class TestTheWire:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -1220,7 +1219,7 @@ class TestLossOfTheStore:
     def test_a_number_that_this_server_has_not_given_out_is_unknown(self, drive: Driver) -> None:
         """Another has, which was the primary for a little longer."""
         accepted = drive.trigger(0)
-        later = replace(drive.envelope(accepted), run=str(int(accepted.run) + 10**9))
+        later = drive.envelope(accepted)._replace(run=str(int(accepted.run) + 10**9))
         assert drive.start(later).answer is Answer.UNKNOWN
 
     def test_gaps_are_few(self) -> None:

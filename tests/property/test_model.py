@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -213,7 +212,7 @@ class Policies(RuleBasedStateMachine):
             self.model.put_off(run)
         if answer is Answer.EARLY:
             # Held until then, and not a moment longer.
-            self.messages.append((self.now + started.wait, replace(envelope, delay=started.wait)))
+            self.messages.append((self.now + started.wait, envelope._replace(delay=started.wait)))
         elif answer is Answer.STOP:
             self.stop(envelope, started.stops)
         elif answer is Answer.PENDING:

@@ -141,7 +141,7 @@ class TestLease:
         assert "args" not in header
         back = Lease.from_header(header)
         assert back is not None
-        assert back == Lease(**{**LEASE.__dict__, "args": b""})
+        assert back == LEASE._replace(args=b"")
 
     @pytest.mark.parametrize("header", [{}, {"state": "abc", "run": "11", "attempt": 0}, {"exempt": True}])
     def test_a_messages_header_is_no_lease(self, header: dict[str, Any]) -> None:
