@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import signals
 from .calls import decode, encode
@@ -28,8 +27,7 @@ __all__ = ["Asking", "accept", "accept_all", "report"]
 MOST_MERGES = 10_000
 
 
-@dataclass(frozen=True)
-class Asking:
+class Asking(NamedTuple):
     """A trigger, and what its arguments are merged with."""
 
     #: The task's options, as the call overrides them.
@@ -118,7 +116,7 @@ def _chained(
         merged = encode(arguments, each.serializer)
         # The run needs what the arguments need that it will see.
         needs = each.policy.needs(*arguments)
-        chain[position] = (each.policy, replace(each.trigger, args=merged, needs=needs, push=None), base)
+        chain[position] = (each.policy, each.trigger._replace(args=merged, needs=needs, push=None), base)
         base = MergeWanted(base.run, base.version + 1, merged)
     return chain
 

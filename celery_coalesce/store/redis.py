@@ -7,7 +7,6 @@ redis-py's pools notice a new process id.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +39,30 @@ LEAST_WAIT = 0.01
 OLDEST_REDIS = (6, 2)
 
 
+class _Errors:
+    """Turns redis-py's errors into ours; no message of theirs names a password.
+
+    Args:
+        address: The server as it may be shown to people.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def __enter__(self) -> None:
+        """Nothing is to be done."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OUTAGES) and not isinstance(error, StoreUnavailable):
+            raise StoreUnavailable(f"the state server {self._address} can not be reached: {error}") from error
+        if isinstance(error, RedisError):
+            if code_of(error) == NEWER:
+                raise NewerRecord(f"{error}; upgrade this process") from error
+            if is_outage(error):
+                raise StoreUnavailable(f"the state server {self._address} refused for now: {error}") from error
+            raise StoreError(f"the state server {self._address} refused: {error}") from error
+
+
 class RedisStore:
     """Transitions on a Redis or Valkey server.
 
@@ -58,6 +81,7 @@ class RedisStore:
     def __init__(self, make_client: Callable[[], Client], names: Names, address: str, replicas: int = 0) -> None:
         self.names = names
         self.address = address
+        self._errors = _Errors(address)
         self._replicas = replicas
         self._make_client = make_client
         self._client: Client | None = None
@@ -75,7 +99,7 @@ class RedisStore:
             StoreError: It refused.
         """
         transition = script(script_name)
-        with self._errors():
+        with self._errors:
             run = self._sent_and_kept if self._replicas and transition.lasting else self._sent
             what = (len(keys), *keys, *argv)
 
@@ -140,7 +164,7 @@ class RedisStore:
             yield from self._call_at_once(calls[start : start + MOST_AT_ONCE])
 
     def _call_at_once(self, calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        with self._errors():
+        with self._errors:
             run = self._sent_and_kept if self._replicas else self._sent
             self._connected()
             names = {name for name, *_ in calls}
@@ -152,14 +176,14 @@ class RedisStore:
                 functions.lost()
                 replies = run(_commands(calls, set()))
         for reply in replies:
-            with self._errors():
+            with self._errors:
                 if isinstance(reply, Exception):
                     raise reply
             yield reply
 
     def members(self, key: str, most: int) -> list[str]:
         """Return some members of a set."""
-        with self._errors():
+        with self._errors:
             return [member.decode() for member in self._connected().srandmember(key, most)]
 
     def receive(self, key: str, seconds: float) -> bytes | None:
@@ -169,7 +193,7 @@ class RedisStore:
             key: The list.
             seconds: More than 0, and well below the time that an answer of the server may take.
         """
-        with self._errors():
+        with self._errors:
             client = self._connected()
             # Moved onto itself: an element that was popped would be gone with a reply that was lost.
             blob: bytes | None = client.blmove(key, key, max(seconds, LEAST_WAIT), "LEFT", "LEFT")
@@ -183,7 +207,7 @@ class RedisStore:
         Raises:
             StoreUnavailable: The server can not be reached; the next call tries again.
         """
-        with self._errors():
+        with self._errors:
             self._connected()
 
     def close(self) -> None:
@@ -243,22 +267,6 @@ class RedisStore:
         """Fail before anything is changed where there are too few replicas to begin with."""
         if self._replicas and (there := connected(client, self.names.meta)) < self._replicas:
             raise self._too_few(f"{there} are connected")
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turn redis-py's errors into ours; no message of theirs names a password."""
-        try:
-            yield
-        except StoreUnavailable:
-            raise
-        except OUTAGES as error:
-            raise StoreUnavailable(f"the state server {self.address} can not be reached: {error}") from error
-        except RedisError as error:
-            if code_of(error) == NEWER:
-                raise NewerRecord(f"{error}; upgrade this process") from error
-            if is_outage(error):
-                raise StoreUnavailable(f"the state server {self.address} refused for now: {error}") from error
-            raise StoreError(f"the state server {self.address} refused: {error}") from error
 
 
 def _commands(calls: Sequence[tuple[Any, ...]], functions: set[str]) -> list[Command]:

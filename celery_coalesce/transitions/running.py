@@ -134,7 +134,7 @@ class Running(Base):
         if trigger.push is not None:
             name = "publish"
             keys = (*keys, trigger.push.queue)
-            blobs = (*blobs, trigger.push.before, trigger.push.after)
+            blobs = (*blobs, trigger.push.before.encode(), trigger.push.after.encode())
         return name, keys, self._question(state, asked, policy.asked), key, *blobs
 
     def _accepted(self, state: str, reply: Any) -> Accepted | MergeWanted | Known | None:
