@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .calling import Call, ExemptCall
 from .errors import CoalesceError, StoreUnavailable
 from .states import Outage
+from .store import MOST_AT_ONCE
 from .triggering import accept_all
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["make_calls"]
 
 logger = logging.getLogger("celery_coalesce")
+
+#: So many calls of a batch tell whether its keys are busy.
+SAMPLE = 25
 
 
 def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = None) -> list[CoalescedResult]:
@@ -74,10 +78,25 @@ def _accept(calls: Sequence[Call], producer: Any) -> None:
 
 
 def _accept_pushing(pusher: Pusher, calls: Sequence[Call]) -> None:
-    """Have calls accepted with messages that are pushed in the same go: of each key, if it is likely to be idle, one."""
-    first = {call.state: call for call in reversed(calls)}
-    _make_messages(pusher, [call for call in first.values() if not pusher.was_busy(call.state)])
-    _ask(calls)
+    """Have calls accepted with messages that are pushed in the same go: of each key, if it is likely to be idle, one.
+
+    A message for a key that is busy is made in vain, and costs more than a round trip. So of a batch a few calls are
+    asked first, and then a part at a time, each as the one before it was answered: without messages if most of its keys
+    were busy. Where that was no sign, messages are published by themselves, or made in vain: work, and nothing else.
+    """
+    seen: set[str] = set()
+    busy = False
+    begin, end = 0, SAMPLE
+    while begin < len(calls):
+        part = calls[begin:end]
+        first = {call.state: call for call in reversed(part) if call.state not in seen}
+        if not busy:
+            _make_messages(pusher, [call for call in first.values() if not pusher.was_busy(call.state)])
+        _ask(part)
+        if first and end < len(calls):
+            busy = 2 * sum(call.met_a_busy_key for call in first.values()) > len(first)
+            seen |= first.keys()
+        begin, end = end, end + MOST_AT_ONCE
 
 
 def _ask(calls: Sequence[Call]) -> None:
