@@ -15,7 +15,7 @@ from .calling import Call, ExemptCall
 from .errors import CoalesceError, StoreUnavailable
 from .states import Outage
 from .store import MOST_AT_ONCE
-from .triggering import accept_all
+from .triggering import accept, accept_all
 
 if TYPE_CHECKING:
     from .pushing import Pusher
@@ -100,6 +100,10 @@ def _accept_pushing(pusher: Pusher, calls: Sequence[Call]) -> None:
 
 
 def _ask(calls: Sequence[Call]) -> None:
+    if len(calls) == 1:
+        [call] = calls
+        call.take(accept(call.terms.engine, call.ask()))
+        return
     for position, reply in accept_all(calls[0].terms.engine, [call.ask() for call in calls]):
         calls[position].take(reply)
 

@@ -59,9 +59,10 @@ class Base:
             asked: What is asked; ``None`` is left out.
             declared: What else, as the inside of a JSON object.
         """
-        # The nonce is the call's own: repeated because its reply was lost, the call is known again.
-        given = {"nonce": new_nonce()} if "nonce" not in asked else {}
-        given.update((name, value) for name, value in asked.items() if value is not None)
+        given = {name: value for name, value in asked.items() if value is not None}
+        if "nonce" not in given:
+            # The call's own: repeated because its reply was lost, the call is known again.
+            given["nonce"] = new_nonce()
         return f'{self._asked}{declared}"state": "{state}", {json.dumps(given)[1:]}'.encode()
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> Any:

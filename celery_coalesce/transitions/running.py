@@ -152,7 +152,7 @@ class Running(Base):
             run_state=_RUN_STATES[where],
             delay=None if delay == "-1" else int(delay),
             replaced=as_blob(replaced),
-            sent=self._sent(state, sent),
+            sent=self._sent(state, sent) if sent else (),
         )
 
     def rollback(self, run: RunMeta, *, followers: int = 0, drain: bool = False, announced: bool = True) -> RolledBack:
