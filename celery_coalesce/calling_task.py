@@ -11,11 +11,13 @@ from celery import Task
 from .calling import Call, ExemptCall
 from .calls import HEADER
 from .making import make_calls
+from .terms import Terms
 
 if TYPE_CHECKING:
     from .errors import OptionError
     from .policy import Policy
     from .result import CoalescedResult
+    from .terms import Arguments
 
 __all__ = ["CallingTask"]
 
@@ -70,13 +72,14 @@ class CallingTask(Task):
         .. versionadded:: 0.1
         """
         own = {"link": link, "link_error": link_error, "shadow": shadow}
-        overrides, options = _split({name: value for name, value in own.items() if value is not None} | options)
+        options |= {name: value for name, value in own.items() if value is not None}
+        overrides, options = _split(options)
         if task_id is not None and self._continues(task_id, args, kwargs, options):
             return self.AsyncResult(task_id)
         policy = self._calling_policy(overrides)
         if policy is None:
             return super().apply_async(args, kwargs, task_id, producer, **options)
-        call = self._ready(policy, args or (), kwargs or {}, overrides, options, task_id)
+        [call] = self._ready([(args or (), kwargs or {})], policy, overrides, options, task_id)
         [result] = make_calls(self, [call], producer)
         return result.raise_if_refused()
 
@@ -158,10 +161,9 @@ class CallingTask(Task):
                 self._check_header(args, kwargs)
             plain = super().apply_async
             return [plain(args, kwargs, producer=producer, **options) for args, kwargs in listed]
-        ready = [self._ready(policy, args, kwargs, overrides, options) for args, kwargs in listed]
-        return make_calls(self, ready, producer)
+        return make_calls(self, self._ready(listed, policy, overrides, options), producer)
 
-    def _pair(self, position: int, call: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    def _pair(self, position: int, call: Any) -> Arguments:
         """Return positional and keyword arguments of a call of a batch."""
         if isinstance(call, list | tuple) and len(call) == 2:  # noqa: PLR2004 - a pair
             args, kwargs = call
@@ -210,22 +212,36 @@ class CallingTask(Task):
         if self.typing and header is not None:
             header(*args, **kwargs)
 
-    def _ready(  # noqa: PLR0917 - a call is that much
+    def _ready(
         self,
+        calls: Sequence[Arguments],
         policy: Policy,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
         overrides: Options,
         options: Options,
         task_id: str | None = None,
-    ) -> Call | ExemptCall:
-        """Return a call that can be made, or refuse it."""
-        self._check_header(args, kwargs)
-        key = self._key(policy, args, kwargs, overrides, options)
-        plain = partial(super().apply_async, args, kwargs)
-        if key is None:
-            return ExemptCall(self, plain, (args, kwargs), options, task_id)
-        return Call(self, policy, key, plain, (args, kwargs), options, task_id)
+    ) -> list[Call | ExemptCall]:
+        """Return calls that can be made, or refuse them all.
+
+        Args:
+            calls: Positional and keyword arguments of each.
+            policy: The task's options, as the calls override them.
+            overrides: Their coalesce options.
+            options: Their others.
+            task_id: The id of a single call that brings one.
+        """
+        plain = super().apply_async
+        terms: Terms | None = None
+        ready: list[Call | ExemptCall] = []
+        for args, kwargs in calls:
+            self._check_header(args, kwargs)
+            key = self._key(policy, args, kwargs, overrides, options)
+            if key is None:
+                ready.append(ExemptCall(self, partial(plain, args, kwargs), (args, kwargs), options, task_id))
+                continue
+            # Not before it is needed: exempt calls do without a state server.
+            terms = terms or Terms(self, policy, plain, options)
+            ready.append(Call(terms, key, (args, kwargs), task_id))
+        return ready
 
     def _key(
         self,
@@ -253,9 +269,9 @@ class CallingTask(Task):
         raise NotImplementedError
 
 
-def _split(options: Mapping[str, Any]) -> tuple[Options, Options]:
+def _split(options: Options) -> tuple[Options, Options]:
     """Return the coalesce options of a call, and its others."""
     ours = {name: value for name, value in options.items() if name == "coalesce" or name.startswith("coalesce_")}
     if not ours:
-        return ours, dict(options)
+        return ours, options
     return ours, {name: value for name, value in options.items() if name not in ours}

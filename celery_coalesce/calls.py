@@ -18,7 +18,7 @@ from kombu.exceptions import SerializationError, SerializerNotInstalled
 from kombu.serialization import dumps, loads, prepare_accept_content
 
 if TYPE_CHECKING:
-    from celery import Celery
+    from celery import Celery, Task
 
 __all__ = [
     "CALLBACKS",
@@ -80,11 +80,16 @@ def decode(app: Celery, blob: bytes) -> Any:
     return loads(payload, content_type, encoding, accept=accept)
 
 
-def captured(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
+def captured(app: Celery, options: Mapping[str, Any], parent: Task | None) -> dict[str, Any]:
     """Return a call's options as they can be stored and given again.
 
     What Celery would take from the surroundings at the time of publishing (parent, root, inherited priority, the
     caller's reply queue) is taken now: a follow-up is published by whoever ends the run before it.
+
+    Args:
+        app: The app.
+        options: The options.
+        parent: The task that makes the call (``app.current_worker_task``), if one does.
     """
     call = {
         name: _plain(value)
@@ -94,7 +99,6 @@ def captured(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
     headers = {name: value for name, value in (call.pop("headers", None) or {}).items() if name != HEADER}
     if headers:
         call["headers"] = headers
-    parent = app.current_worker_task
     if parent is not None:
         request = parent.request
         call.setdefault("root_id", request.root_id or request.id)

@@ -136,8 +136,9 @@ class KeyTemplate:
         Raises:
             InvalidKey: A field has no value, or ``None``.
         """
-        values = [part if isinstance(part, str) else self._value(task, part, args, kwargs) for part in self._parts]
-        for part, value in zip(self._parts, values, strict=True):
+        texts: list[str] = []
+        for part in self._parts:
+            value = part if isinstance(part, str) else self._value(task, part, args, kwargs)
             if value is None:
                 raise InvalidKey(
                     task,
@@ -145,7 +146,8 @@ class KeyTemplate:
                     f"{_field_name(part)!r} of the key {self.text!r} is None; pass coalesce_key=None for a call that "
                     "shall not coalesce, or use a callable that returns None",
                 )
-        return "".join(map(str, values))
+            texts.append(str(value))
+        return "".join(texts)
 
     def text_or_none(self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Return the text of a call, ``None`` if a field is ``None``.

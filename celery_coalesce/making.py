@@ -12,10 +12,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .calling import Call, ExemptCall
-from .engine import engine_of
 from .errors import CoalesceError, StoreUnavailable
 from .states import Outage
-from .triggering import accept_all
+from .store import MOST_AT_ONCE
+from .triggering import accept, accept_all
 
 if TYPE_CHECKING:
     from .pushing import Pusher
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["make_calls"]
 
 logger = logging.getLogger("celery_coalesce")
+
+#: So many calls of a batch tell whether its keys are busy.
+SAMPLE = 25
 
 
 def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = None) -> list[CoalescedResult]:
@@ -45,7 +48,7 @@ def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = No
     asked = [call for call in calls if isinstance(call, Call)]
     try:
         try:
-            _accept(task, asked, producer)
+            _accept(asked, producer)
         except BaseException:
             # What was accepted is covered by a run, whatever became of those behind it.
             _publish(task, [call for call in asked if call.sends], asked, producer)
@@ -57,31 +60,61 @@ def make_calls(task: Any, calls: Sequence[Call | ExemptCall], producer: Any = No
     return [call.result() for call in calls]
 
 
-def _accept(task: Any, calls: Sequence[Call], producer: Any) -> None:
+def _accept(calls: Sequence[Call], producer: Any) -> None:
     if not calls:
         return
-    engine = engine_of(calls[0].app)
-    if engine.pusher is not None and producer is None and engine.pusher.is_free():
-        _make_messages(task, engine.pusher, calls)
+    terms = calls[0].terms
+    pusher = terms.engine.pusher
     try:
-        for position, reply in accept_all(engine, [call.ask() for call in calls]):
-            calls[position].take(reply)
+        if pusher is not None and producer is None and terms.can_be_pushed and pusher.is_free():
+            _accept_pushing(pusher, calls)
+        else:
+            _ask(calls)
     except StoreUnavailable:
-        if engine.settings.on_outage is Outage.RAISE:
+        if terms.engine.settings.on_outage is Outage.RAISE:
             raise
         for call in calls:
             call.uncoalesced = call.accepted is None
 
 
-def _make_messages(task: Any, pusher: Pusher, calls: Sequence[Call]) -> None:
-    """Make the messages that are pushed as their calls are accepted: of each key, if it is likely to be idle, one."""
-    first = {call.state: call for call in reversed(calls)}
-    pushing = [call for call in first.values() if call.can_be_pushed and not pusher.was_busy(call.state)]
-    if not pushing:
+def _accept_pushing(pusher: Pusher, calls: Sequence[Call]) -> None:
+    """Have calls accepted with messages that are pushed in the same go: of each key, if it is likely to be idle, one.
+
+    A message for a key that is busy is made in vain, and costs more than a round trip. So of a batch a few calls are
+    asked first, and then a part at a time, each as the one before it was answered: without messages if most of its keys
+    were busy. Where that was no sign, messages are published by themselves, or made in vain: work, and nothing else.
+    """
+    seen: set[str] = set()
+    busy = False
+    begin, end = 0, SAMPLE
+    while begin < len(calls):
+        part = calls[begin:end]
+        first = {call.state: call for call in reversed(part) if call.state not in seen}
+        if not busy:
+            _make_messages(pusher, [call for call in first.values() if not pusher.was_busy(call.state)])
+        _ask(part)
+        if first and end < len(calls):
+            busy = 2 * sum(call.met_a_busy_key for call in first.values()) > len(first)
+            seen |= first.keys()
+        begin, end = end, end + MOST_AT_ONCE
+
+
+def _ask(calls: Sequence[Call]) -> None:
+    if len(calls) == 1:
+        [call] = calls
+        call.take(accept(call.terms.engine, call.ask()))
+        return
+    for position, reply in accept_all(calls[0].terms.engine, [call.ask() for call in calls]):
+        calls[position].take(reply)
+
+
+def _make_messages(pusher: Pusher, calls: Sequence[Call]) -> None:
+    """Make the messages that are pushed as their calls are accepted."""
+    if not calls:
         return
     try:
-        with task.app.producer_or_acquire() as one:
-            for call in pushing:
+        with calls[0].terms.app.producer_or_acquire() as one:
+            for call in calls:
                 call.make_message(pusher, one)
     except Exception as error:
         # The broker is this very server: whoever asks it to accept the call is told what is wrong.

@@ -1,12 +1,13 @@
 """Frozen values that travel between the layers.
 
-Those that every run makes are tuples, which are made in a fifth of the time that a frozen dataclass takes.
+Those that every call or run makes are tuples, which are made in a fifth of the time that a frozen dataclass takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .options import Need
@@ -52,8 +53,7 @@ class Tick:
     moment: str = ""
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(NamedTuple):
     """What is to be pushed for a run that has no id yet."""
 
     #: The list.
@@ -63,8 +63,10 @@ class Push:
     after: str
 
 
-@dataclass(frozen=True)
-class Trigger:
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Trigger(NamedTuple):
     """One call that asks for work on a key, as the engine takes it."""
 
     task_id: str
@@ -75,7 +77,7 @@ class Trigger:
     store: bool = True
     #: Milliseconds by name: ``delay`` or ``due``, ``ttl`` or ``expires``. The first of each counts from now on the
     #: server's clock, the second is a moment of it.
-    times: Mapping[str, int] = field(default_factory=dict)
+    times: Mapping[str, int] = _NOTHING
     #: The run whose body, links or chain make this call.
     within: str | None = None
     #: The id of the message that came without a run.
@@ -83,7 +85,7 @@ class Trigger:
     #: Whether anybody wants to know the arguments that this trigger replaces.
     watch: bool = False
     needs: tuple[Need, ...] = ()
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = _NOTHING
     #: The tick of a schedule, if beat makes the call.
     tick: Tick | None = None
     #: Milliseconds after which a run that was given its slot, and did not start, is given up; ``None``: never.
@@ -144,8 +146,7 @@ class Ended(NamedTuple):
     rest: float = 0.0
 
 
-@dataclass(frozen=True)
-class Accepted:
+class Accepted(NamedTuple):
     """What became of a trigger."""
 
     disposition: Disposition

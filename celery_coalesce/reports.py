@@ -217,7 +217,8 @@ def continue_run(engine: Engine, lease: Lease, attempt: NextAttempt) -> bool:
         options.pop(name, None)
     task = app.tasks.get(attempt.task)
     serializer = options.get("serializer") or (task.serializer if task is not None else None)
-    call = captured(app, {**options, "headers": headers, "root_id": options.get("root_id") or lease.task_id})
+    given = {**options, "headers": headers, "root_id": options.get("root_id") or lease.task_id}
+    call = captured(app, given, app.current_worker_task)
     if not options.get("parent_id"):
         # The attempt that is just ending is no parent of its own successor.
         call.pop("parent_id", None)

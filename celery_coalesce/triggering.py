@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import signals
 from .calls import decode, encode
@@ -28,8 +27,7 @@ __all__ = ["Asking", "accept", "accept_all", "report"]
 MOST_MERGES = 10_000
 
 
-@dataclass(frozen=True)
-class Asking:
+class Asking(NamedTuple):
     """A trigger, and what its arguments are merged with."""
 
     #: The task's options, as the call overrides them.
@@ -41,21 +39,12 @@ class Asking:
     serializer: str | None
 
 
-def accept(
-    engine: Engine,
-    policy: Policy,
-    trigger: Trigger,
-    arguments: tuple[Sequence[Any], Mapping[str, Any]],
-    serializer: str | None,
-) -> Accepted | Known | None:
+def accept(engine: Engine, asked: Asking) -> Accepted | Known | None:
     """Have a trigger accepted, its arguments merged by the task's function if they are to be.
 
     Args:
         engine: The app's engine.
-        policy: The task's options, as the call overrides them.
-        trigger: The trigger.
-        arguments: Its positional and keyword arguments.
-        serializer: What merged arguments are serialized with.
+        asked: The trigger.
 
     Returns:
         What became of it; for a message: the run that it was admitted as before, or ``None`` if that has ended.
@@ -64,8 +53,11 @@ def accept(
         StoreUnavailable: The state server can not be reached.
         Exception: Whatever the merge function raises; nothing was changed.
     """
-    [(_, reply)] = accept_all(engine, [Asking(policy, trigger, arguments, serializer)])
-    return reply
+    reply = engine.transitions.trigger(asked.policy, asked.trigger)
+    if not isinstance(reply, MergeWanted):
+        return reply
+    [(_, merged)] = _merged_all(engine, [asked], {0: reply})
+    return merged
 
 
 def accept_all(engine: Engine, asked: Sequence[Asking]) -> Iterator[tuple[int, Accepted | Known | None]]:
@@ -85,26 +77,41 @@ def accept_all(engine: Engine, asked: Sequence[Asking]) -> Iterator[tuple[int, A
         StoreUnavailable: The state server can not be reached.
         Exception: Whatever a merge function raises. What was yielded was accepted.
     """
-    left: dict[int, tuple[Policy, Trigger, MergeWanted | None]]
-    left = {position: (each.policy, each.trigger, None) for position, each in enumerate(asked)}
+    replies = engine.transitions.triggers([(each.policy, each.trigger, None) for each in asked])
+    wanted = yield from _answered(replies)
+    yield from _merged_all(engine, asked, wanted)
+
+
+def _answered(
+    replies: Iterable[tuple[int, Accepted | MergeWanted | Known | None]],
+) -> Generator[tuple[int, Accepted | Known | None], None, dict[int, MergeWanted]]:
+    """Yield the answers among the replies to triggers; return what is to be merged, by the triggers' positions."""
+    wanted: dict[int, MergeWanted] = {}
+    for position, reply in replies:
+        if isinstance(reply, MergeWanted):
+            wanted[position] = reply
+        else:
+            yield position, reply
+    return wanted
+
+
+def _merged_all(
+    engine: Engine, asked: Sequence[Asking], wanted: Mapping[int, MergeWanted]
+) -> Iterator[tuple[int, Accepted | Known | None]]:
+    """Have the triggers accepted whose arguments are to be merged, as :func:`accept_all` does."""
     for _ in range(MOST_MERGES):
-        wanted: dict[str, MergeWanted] = {}
-        again: dict[str, list[int]] = {}
-        positions = list(left)
-        for index, reply in engine.transitions.triggers(list(left.values())):
-            position = positions[index]
-            if not isinstance(reply, MergeWanted):
-                yield position, reply
-                continue
-            key = asked[position].trigger.key
-            wanted.setdefault(key, reply)
-            again.setdefault(key, []).append(position)
-        if not again:
+        if not wanted:
             return
-        left = {}
-        for key, positions in again.items():
-            left |= _chained(engine.app, wanted[key], {position: asked[position] for position in positions})
-    keys = ", ".join(repr(asked[position].trigger.key) for position in left)
+        by_key: dict[str, list[int]] = {}
+        for position in wanted:
+            by_key.setdefault(asked[position].trigger.key, []).append(position)
+        left: dict[int, tuple[Policy, Trigger, MergeWanted | None]] = {}
+        for same in by_key.values():
+            left |= _chained(engine.app, wanted[same[0]], {position: asked[position] for position in same})
+        positions = list(left)
+        replies = engine.transitions.triggers(list(left.values()))
+        wanted = yield from _answered((positions[index], reply) for index, reply in replies)
+    keys = ", ".join(repr(asked[position].trigger.key) for position in wanted)
     raise StoreError(f"{asked[0].policy.task}: key {keys} changes faster than arguments can be merged")
 
 
@@ -120,7 +127,7 @@ def _chained(
         merged = encode(arguments, each.serializer)
         # The run needs what the arguments need that it will see.
         needs = each.policy.needs(*arguments)
-        chain[position] = (each.policy, replace(each.trigger, args=merged, needs=needs, push=None), base)
+        chain[position] = (each.policy, each.trigger._replace(args=merged, needs=needs, push=None), base)
         base = MergeWanted(base.run, base.version + 1, merged)
     return chain
 

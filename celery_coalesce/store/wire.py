@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -17,17 +18,24 @@ from redis.exceptions import ResponseError
 
 __all__ = ["Command", "Wire"]
 
-#: A command and its arguments.
+#: A command and its arguments; what is of one call alone is better given as bytes.
 Command = Sequence[str | bytes | int]
 
 
 def packed(command: Command) -> bytes:
     """Return a command as it is sent (https://redis.io/docs/latest/develop/reference/protocol-spec)."""
-    pieces = [b"*%d\r\n" % len(command)]
-    for part in command:
-        value = part if isinstance(part, bytes) else str(part).encode()
-        pieces.append(b"$%d\r\n%b\r\n" % (len(value), value))
-    return b"".join(pieces)
+    parts = [_bulk(part) if isinstance(part, bytes) else _named(part) for part in command]
+    return b"*%d\r\n%b" % (len(command), b"".join(parts))
+
+
+def _bulk(value: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+@lru_cache(maxsize=1024)
+def _named(name: str | int) -> bytes:
+    """Return a part of a command that is the name of something: most of them are in every command."""
+    return _bulk(str(name).encode())
 
 
 class Wire:

@@ -51,7 +51,7 @@ class Base:
     def _call(self, script: str, keys: Sequence[str], state: str, asked: Mapping[str, Any], *blobs: bytes) -> Any:
         return self.store.call(script, keys, self._question(state, asked), *blobs)
 
-    def _question(self, state: str, asked: Mapping[str, Any], declared: str = "") -> str:
+    def _question(self, state: str, asked: Mapping[str, Any], declared: str = "") -> bytes:
         """Return what a transition is asked for.
 
         Args:
@@ -63,14 +63,14 @@ class Base:
         given = {"nonce": new_nonce(), **asked}
         if None in given.values():
             given = {name: value for name, value in given.items() if value is not None}
-        return f'{self._asked}{declared}"state": "{state}", {json.dumps(given)[1:]}'
+        return f'{self._asked}{declared}"state": "{state}", {json.dumps(given)[1:]}'.encode()
 
     def _record(self, script: str, state: str, run: str, **asked: Any) -> Any:
         return self._call(script, self.store.names.record(state), state, {"run": run, **asked})
 
     def _plain(self, script: str, keys: Sequence[str], **asked: Any) -> Any:
         given = {name: value for name, value in asked.items() if value is not None}
-        return self.store.call(script, keys, json.dumps(given))
+        return self.store.call(script, keys, json.dumps(given).encode())
 
     def _sent(self, state: str, replies: Sequence[Any]) -> tuple[Sent, ...]:
         """Read what a transition leaves to others: messages of its key, and state ids of keys to advance."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..keys import constraint_id, state_id
@@ -141,7 +140,7 @@ class Running(Base):
         if first.push is not None:
             name = "publish"
             keys = (*keys, first.push.queue)
-            blobs += (first.push.before, first.push.after)
+            blobs += (first.push.before.encode(), first.push.after.encode())
         return name, keys, self._question(state, asked, policy.asked), *blobs
 
     def _accepted_many(self, state: str, reply: Any) -> list[Accepted | MergeWanted | Known | None]:
@@ -150,7 +149,7 @@ class Running(Base):
         for position, each in enumerate(accepted):
             if sent and isinstance(each, Accepted):
                 # For the caller to do, whichever of its triggers it was that left it.
-                accepted[position] = replace(each, sent=self._sent(state, sent))
+                accepted[position] = each._replace(sent=self._sent(state, sent))
                 break
         return accepted
 
@@ -170,7 +169,7 @@ class Running(Base):
             run_state=_RUN_STATES[where],
             delay=None if delay == "-1" else int(delay),
             replaced=as_blob(replaced),
-            sent=self._sent(state, sent),
+            sent=self._sent(state, sent) if sent else (),
         )
 
     def rollback(self, run: RunMeta, *, followers: int = 0, drain: bool = False, announced: bool = True) -> RolledBack:

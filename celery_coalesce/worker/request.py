@@ -31,7 +31,7 @@ from ..records import Accepted, Envelope, Known, Lease, Trigger
 from ..states import Answer, Disposition, Outcome, RunState
 from ..stopping import stop_runs
 from ..transitions import new_nonce
-from ..triggering import accept, report
+from ..triggering import Asking, accept, report
 from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
 from .presence import presence_of
@@ -291,7 +291,7 @@ class CoalescedRequest(ReportingRequest):
             needs=policy.needs(*arguments),
             labels=policy.labels_of(*arguments),
         )
-        accepted = accept(engine, policy, trigger, arguments, serializer)
+        accepted = accept(engine, Asking(policy, trigger, arguments, serializer))
         if isinstance(accepted, Accepted):
             report(self._bus(), policy, trigger, accepted, arguments)
             publish_all(engine, accepted.sent)

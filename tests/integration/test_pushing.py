@@ -110,6 +110,64 @@ def test_of_a_batch_each_key_has_one_message_made(app: HarnessApp, asked: Asked,
     assert len(messages(app)) == 2
 
 
+class TestALargeBatch:
+    """A few of its calls tell whether its keys are busy; then each part is asked as the one before was answered."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Parts of four, after a sample of two."""
+        monkeypatch.setattr("celery_coalesce.making.SAMPLE", 2)
+        monkeypatch.setattr("celery_coalesce.making.MOST_AT_ONCE", 4)
+
+    def keys(self, journal: Journal, count: int) -> list[str]:
+        """Return keys that nobody has used."""
+        return [journal.key(str(n)) for n in range(count)]
+
+    def test_of_idle_keys_is_pushed(self, app: HarnessApp, asked: Asked, journal: Journal) -> None:
+        """All of it."""
+        results = app.tasks["queue"].batch_delay([(key,) for key in self.keys(journal, 12)])
+        assert asked.names == ["publish"] * 12
+        assert [result.disposition for result in results] == ["dispatched"] * 12
+        assert len(messages(app)) == 12
+
+    def test_of_busy_keys_has_no_messages_made_but_for_the_first(
+        self, app: HarnessApp, asked: Asked, journal: Journal
+    ) -> None:
+        """Though nobody here has called them before they were."""
+        calls = [(key,) for key in self.keys(journal, 12)]
+        with app.producer_or_acquire() as producer:
+            for call in calls:
+                app.tasks["queue"].apply_async(call, producer=producer)
+        asked.names.clear()
+        results = app.tasks["queue"].batch_delay(calls)
+        assert asked.names == ["publish"] * 2 + ["trigger"] * 10
+        assert {result.disposition for result in results} == {"coalesced"}
+        assert len(messages(app)) == 12
+
+    def test_that_turns_out_otherwise_costs_a_message_or_a_publish(
+        self, app: HarnessApp, asked: Asked, journal: Journal
+    ) -> None:
+        """Busy keys, then idle ones, then busy ones: every run has one message."""
+        keys = self.keys(journal, 14)
+        busy = [*keys[:2], *keys[6:]]
+        with app.producer_or_acquire() as producer:
+            for key in busy:
+                app.tasks["queue"].apply_async((key,), producer=producer)
+        asked.names.clear()
+        results = app.tasks["queue"].batch_delay([(key,) for key in keys])
+        assert asked.names == ["publish"] * 2 + ["trigger"] * 4 + ["publish"] * 4 + ["trigger"] * 4
+        assert [result.disposition for result in results] == ["coalesced"] * 2 + ["dispatched"] * 4 + ["coalesced"] * 8
+        sent = [message["headers"]["coalesce"]["run"] for message in messages(app)]
+        assert sorted(sent) == sorted({str(result.run_id) for result in results})
+
+    def test_counts_keys_and_not_calls(self, app: HarnessApp, asked: Asked, journal: Journal) -> None:
+        """What joins a run of the same batch says nothing of the keys behind it."""
+        one, other, *others = self.keys(journal, 6)
+        app.tasks["queue"].batch_delay([(key,) for key in (one, one, other, other, other, other, *others)])
+        assert asked.names == ["publish", "trigger", "publish", *["trigger"] * 3, *["publish"] * 4]
+        assert len(messages(app)) == 6
+
+
 def test_a_call_that_is_asked_again_pushes_nothing_again(app: HarnessApp, asked: Asked, journal: Journal) -> None:
     """Its reply was lost: the same answer, and the one message."""
     result = app.tasks["queue"].delay(journal.key(), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from celery_coalesce import (
     QueueFull,
     StoreUnavailable,
 )
+from celery_coalesce.engine import engine_of
 from celery_coalesce.signals import coalesce_trigger
 from tests.support.process import HOST, free_port
 
@@ -154,6 +156,56 @@ def test_nothing_is_reported_of_a_batch_that_is_refused(task: Any) -> None:
     finally:
         coalesce_trigger.disconnect(receive)
     assert told == []
+
+
+class TestWhatIsShared:
+    """What calls have in common is looked up once; what is of one call, or of one batch, is nobody else's."""
+
+    @pytest.fixture
+    def asked(self, app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], list[bytes]]]:
+        """What the state server is asked for: each question, and what comes along."""
+        seen: list[tuple[dict[str, Any], list[bytes]]] = []
+
+        def call_many(calls: Any) -> Any:
+            seen.extend((json.loads(question), blobs) for _, _, question, *blobs in calls)
+            raise StoreUnavailable("away")
+
+        monkeypatch.setattr(engine_of(app).transitions.store, "call_many", call_many)
+        return seen
+
+    def test_each_call_has_what_is_its_own(self, task: Any, asked: list[Any]) -> None:
+        """Id, arguments, follower, constraints, labels."""
+        calls = [((f"key {n}",), {"page": f"page {n}", "tag": {"name": f"tag {n}"}}) for n in range(3)]
+        with pytest.raises(StoreUnavailable):
+            task.batch_apply_async(calls, link=task.si("linked"), countdown=3)
+        ids = [question["task_id"] for question, _ in asked]
+        assert len(set(ids)) == 3
+        for n, (question, (key, args, call, follower)) in enumerate(asked):
+            assert [need["name"] for need in question["needs"]] == [f"page {n}"]
+            assert json.loads(question["labels"]) == {"tag": f"tag {n}"}
+            assert question["delay"] == 3000
+            assert key.decode() == f"key {n}"
+            assert json.loads(args.partition(b"\n")[2]) == [[f"key {n}"], calls[n][1]]
+            assert json.loads(follower.partition(b"\n")[2])["task_id"] == ids[n]
+            assert call == asked[0][1][2]
+
+    def test_a_batch_has_nothing_of_the_one_before(self, app: Celery, task: Any, asked: list[Any]) -> None:
+        """Neither its options, nor what the app and the task were set to."""
+        for given in ({"countdown": 3, "headers": {"x": 1}, "coalesce_delay": 5}, {}):
+            with pytest.raises(StoreUnavailable):
+                task.batch_apply_async(GOOD, **given)
+            task.ignore_result = True
+            task.serializer = "pickle"
+        first, second = asked[0], asked[2]
+        assert (first[0]["delay"], first[0]["quiet"], first[0]["store"]) == (3000, 5000, True)
+        assert second[0]["store"] is False
+        assert not {"delay", "quiet"} & second[0].keys()
+        assert b'"x"' in first[1][2]
+        assert second[1][2] == b""
+        assert [blobs[1].partition(b" ")[0] for _, blobs in (first, second)] == [
+            b"application/json",
+            b"application/x-python-serialize",
+        ]
 
 
 COPIES: list[Callable[[Any], Any]] = [

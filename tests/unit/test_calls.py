@@ -56,7 +56,7 @@ def app(make_app: MakeApp) -> Celery:
 
 def kept(app: Celery, **options: Any) -> dict[str, Any]:
     """Return options as they are given again, after having been stored."""
-    return options_of(decode(app, encode(captured(app, options), None)))
+    return options_of(decode(app, encode(captured(app, options, None), None)))
 
 
 class TestBlobs:
