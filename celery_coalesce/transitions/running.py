@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,28 +83,29 @@ class Running(Base):
         if len(asked) == 1:
             yield 0, self.trigger(*asked[0])
             return
-        by_key: dict[tuple[str, int | None], list[int]] = {}
-        for position, (policy, trigger, _) in enumerate(asked):
+        states = [state_id(policy.scope, trigger.key) for policy, trigger, _ in asked]
+        many = Counter(states)
+        together: dict[tuple[str, int | None], list[int]] = {}
+        for position, (state, (policy, _, _)) in enumerate(zip(states, asked, strict=True)):
             # Who comes first counts among keys too, where they have a constraint in common.
-            apart = position if policy.constraints else None
-            by_key.setdefault((state_id(policy.scope, trigger.key), apart), []).append(position)
+            together.setdefault((state, position if policy.constraints else None), []).append(position)
         named = new_nonce()
-        parts: list[tuple[str, list[int], bool]] = []
+        before: dict[str, str] = {}
+        parts: list[tuple[str, list[int]]] = []
         calls = []
-        for (state, apart), positions in by_key.items():
-            alone = len(positions) == 1 and apart is None
-            behind = None
+        for (state, _), positions in together.items():
             for start in range(0, len(positions), MOST_OF_A_KEY):
                 part = positions[start : start + MOST_OF_A_KEY]
-                nonce = f"{named}.{len(parts)}"
-                triggers = [asked[position] for position in part]
-                calls.append(
-                    self._trigger(state, *triggers[0]) if alone else self._trigger_many(state, triggers, nonce, behind)
-                )
-                parts.append((state, part, alone))
-                behind = nonce
-        for (state, part, alone), reply in zip(parts, self.store.call_many(calls), strict=True):
-            accepted = [self._accepted(state, reply)] if alone else self._accepted_many(state, reply)
+                if many[state] == 1:
+                    call = self._trigger(state, *asked[part[0]])
+                else:
+                    nonce = f"{named}.{len(parts)}"
+                    call = self._trigger_many(state, [asked[position] for position in part], nonce, before.get(state))
+                    before[state] = nonce
+                parts.append((state, part))
+                calls.append(call)
+        for (state, part), reply in zip(parts, self.store.call_many(calls), strict=True):
+            accepted = [self._accepted(state, reply)] if many[state] == 1 else self._accepted_many(state, reply)
             yield from zip(part, accepted, strict=True)
 
     def _trigger(self, state: str, policy: Policy, trigger: Trigger, merging: MergeWanted | None) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import pytest
 from celery.signals import before_task_publish
 from kombu.exceptions import OperationalError
 
-from celery_coalesce import StoreUnavailable, TriggerMeta, signals
+from celery_coalesce import Constraint, StoreUnavailable, TriggerMeta, signals
 from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import StoreError
 from celery_coalesce.records import Accepted, MergeWanted, Trigger
@@ -104,13 +104,13 @@ class TestMerging:
         assert isinstance(wanted, MergeWanted)
         return wanted
 
-    def chain(self, drive: Driver, base: MergeWanted, count: int) -> list[Any]:
+    def chain(self, drive: Driver, base: MergeWanted, count: int, **options: Any) -> list[Any]:
         """Return calls, each merged upon the one before."""
 
         def merging(n: int) -> MergeWanted:
             return MergeWanted(base.run, base.version + n - 1, b"")
 
-        return asked(drive, count, args=added, merging=merging)
+        return asked(drive, count, args=added, merging=merging, **options)
 
     @pytest.mark.parametrize("count", [5, 2 * MOST_OF_A_KEY + 5])
     def test_a_chain_is_merged_in_one_go(self, drive: Driver, count: int) -> None:
@@ -131,6 +131,14 @@ class TestMerging:
         assert words(drive.triggers(self.chain(drive, base, count))) == ["merge"] * count
         assert drive.shown()[base.run]["triggers"] == 2
         assert json.loads(drive.run(other).args) == 100
+
+    def test_a_chain_of_calls_that_are_asked_one_by_one_breaks_as_well(self, drive: Driver) -> None:
+        """As they are where their task has constraints."""
+        base = self.base(drive)
+        drive.trigger(100, args=added, merging=base)
+        options = {"constraints": [Constraint("name", limit=1)]}
+        assert words(drive.triggers(self.chain(drive, base, 3, **options))) == ["merge"] * 3
+        assert drive.shown()[base.run]["triggers"] == 2
 
     def test_without_a_base_the_first_alone_is_told_what_to_merge_with(self, drive: Driver) -> None:
         """The arguments of a run are handed out once, not once for each call."""
