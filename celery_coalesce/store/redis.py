@@ -95,7 +95,7 @@ class RedisStore:
         try:
             return [client.execute_command(*commands[0])]
         except ResponseError as refusal:
-            return [refusal]
+            return [refusal.with_traceback(None)]
 
     def _sent_and_kept(self, commands: Sequence[Command]) -> list[Any]:
         client = self._connected()

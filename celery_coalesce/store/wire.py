@@ -99,7 +99,8 @@ def _exchanged(connection: Any, sent: bytes, count: int) -> list[Any]:
             try:
                 replies.append(connection.read_response())
             except ResponseError as refusal:
-                replies.append(refusal)
+                # A reply, whose traceback would keep all that its callers hold until the garbage is collected.
+                replies.append(refusal.with_traceback(None))
     except BaseException:
         # Interrupted between the two (a signal, a killed greenlet), it would give this one's reply to the next.
         connection.disconnect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -389,6 +390,18 @@ class TestTheWire:
             queue.delay(journal.key("other"), 1)
         monkeypatch.setattr(Connection, "read_response", read)
         assert queue.delay(journal.key(), 2).run_task_id == first.id
+
+    def test_a_refusal_keeps_nobody_s_result(self, app: HarnessApp, journal: Journal) -> None:
+        """That a function is missing is a reply: a result that is let go goes at once, and so does its subscription."""
+        client = engine_of(app).transitions.store._connected()
+        with suppress(ResponseError):
+            client.function_flush()
+        gc.disable()
+        try:
+            app.tasks["queue"].delay(journal.key(), 1)
+            assert set(app.backend.result_consumer.subscribed_to) == set()
+        finally:
+            gc.enable()
 
     def test_a_fork_has_connections_of_its_own(self, app: HarnessApp, journal: Journal) -> None:
         """Neither reads the other's replies."""
