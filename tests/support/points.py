@@ -12,6 +12,7 @@ points are traced, and a process that reaches an armed one records "killed" and 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import signal
@@ -181,11 +182,16 @@ def _call_at_once(self: RedisStore, calls: Sequence[tuple[Any, ...]]) -> Any:
 
 def _publish(self: Producer, *args: Any, **kwargs: Any) -> Any:
     task = (kwargs.get("headers") or {}).get("task")
-    # An event, or an answer to a remote control command; or a message that a script is to push is only made here.
+    # An event, or an answer to a remote control command; or a message that is to be pushed is only made here.
     if task is None or "conn_or_acquire" in self.channel.__dict__:
         return _originals["publish"](self, *args, **kwargs)
     with _effect(f"publish.{task}"):
         return _originals["publish"](self, *args, **kwargs)
+
+
+def _push(self: RedisStore, key: str, what: str) -> None:
+    with _effect(f"publish.{json.loads(what)['headers']['task']}"):
+        _originals["push"](self, key, what)
 
 
 def _ack(self: Message, *args: Any, **kwargs: Any) -> Any:
@@ -247,6 +253,7 @@ def _event_process_exit(self: AsynPool, hub: Any, proc: Any) -> None:
 _originals: dict[str, Any] = {
     "call": RedisStore.call,
     "_call_at_once": RedisStore._call_at_once,
+    "push": RedisStore.push,
     "publish": Producer.publish,
     "ack": Message.ack_log_error,
     "reject": Message.reject_log_error,
@@ -264,6 +271,7 @@ def install() -> None:
     """Wrap the effects of this process."""
     RedisStore.call = _call  # type: ignore[method-assign]
     RedisStore._call_at_once = _call_at_once  # type: ignore[method-assign]
+    RedisStore.push = _push  # type: ignore[method-assign]
     # A body that begins late asks for its lease first: a point that comes and goes with the machine's load.
     context.FRESH_FOR = math.inf
     Producer.publish = _publish

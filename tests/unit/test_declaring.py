@@ -10,6 +10,7 @@ from celery import Celery, Task
 from celery._state import _deregister_app
 
 from celery_coalesce import CoalescedTask, OptionError, SettingError
+from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import CoalesceError
 from celery_coalesce.policy import Policy
 from celery_coalesce.states import Mode
@@ -303,6 +304,16 @@ class TestInstalling:
         assert PRESENCE not in app.steps["worker"]
         declare(app, name="t", base=CoalescedTask)
         assert PRESENCE in app.steps["worker"]
+
+    def test_an_engine_knows_tasks_that_come_later(self, app: Celery) -> None:
+        """Whatever it had looked up before; and what they declare counts for their scope."""
+        app.conf.coalesce_redis_url = "redis://127.0.0.1:1/0"
+        engine = engine_of(app)
+        assert engine.policy_of("late") is None
+        assert engine.longest_rest("s") == 0
+        late = declare(app, name="late", base=CoalescedTask, coalesce_scope="s", coalesce_cooldown=3)
+        assert engine.policy_of("late") is policy_of(late)
+        assert engine.longest_rest("s") == 3
 
     def test_another_request_class_is_refused(self, app: Celery) -> None:
         """It would take the gate away."""
