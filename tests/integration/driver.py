@@ -98,6 +98,9 @@ class Twice:
             # drain that nobody heard of is announced by the sweep.
             assert second == [FORGETS[script]]
             second = first
+        if first[0] == b"early" and second[0] != b"early":
+            # Its time has come between the two.
+            return second
         assert same(second, first), f"{script}: repeated, it answers {second!r}, not {first!r}"
         assert same(self._snapshot(), before), f"{script}: repeated, it changes the store"
         return second
