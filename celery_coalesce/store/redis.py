@@ -163,7 +163,7 @@ class RedisStore:
             StoreError: It refused.
         """
         with self._refusals:
-            [reply] = self._sent([("LPUSH", key, what)])
+            [reply] = self._sent([("LPUSH", key, what.encode())])
             if isinstance(reply, Exception):
                 raise reply
 
