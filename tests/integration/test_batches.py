@@ -91,7 +91,7 @@ class TestRepeated:
         drive.pass_time(301)
         drive.trigger(0)
         assert self.remembered(drive) == []
-        assert "batches" not in drive.shown()["head"]
+        assert "forget_at" not in drive.shown()["head"]
 
 
 class TestMerging:

@@ -69,8 +69,30 @@ def test_a_batch_is_forgotten_by_one_command(many: int, make_driver: MakeDriver)
     drive.pass_time(250)
     first = commands(drive, lambda: drive.trigger(0))
     second = commands(drive, lambda: drive.trigger(0))
-    assert first == before | {"hdel": 1}
+    assert first == before | {"hdel": 1, "hget": before["hget"] + 1}
     assert second == before
+
+
+def test_batches_of_the_last_minute_make_no_call_dearer(make_driver: MakeDriver) -> None:
+    """They are listed beside the head, which every call reads; and are forgotten some at a time."""
+    drive = make_driver(redispatch=3000)
+    record = drive.names.record(drive.state())[0]
+
+    def after(batches: int) -> tuple[int, dict[str, int]]:
+        for _ in range(batches):
+            drive.triggers(asked(drive, 2))
+        counted = commands(drive, lambda: drive.trigger(0))
+        return drive.client.hstrlen(record, "head"), counted  # type: ignore[return-value]
+
+    with drive.in_bulk():
+        few, many = after(2), after(1100)
+    assert many == few
+    drive.pass_time(3001)
+    with drive.in_bulk():
+        drive.trigger(0)
+        assert sum(field.startswith(b"did:") for field in drive.client.hkeys(record)) == 102  # type: ignore[union-attr]
+        drive.trigger(0)
+    assert {field[:4] for field in drive.client.hkeys(record)} == {b"head", b"rece", b"run:", b"args"}  # type: ignore[union-attr]
 
 
 def test_a_queue_costs_nothing_where_nobody_is_passed(drive: Driver) -> None:

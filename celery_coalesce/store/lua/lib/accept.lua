@@ -1,9 +1,9 @@
 -- What becomes of a trigger: shared by `trigger` and `publish` (calls) and `admit` (a message that carries no run).
 -- Needs lib/record and lib/slots. ARGV: 2 key text; then of each call: arguments, call, follower ('' for none).
 
--- How much is remembered of single calls, in bytes: what became of the last seven or eight. And at how many of the runs
--- that go on a call looks.
-local MEMORY, MENDED = 320, 8
+-- How much is remembered of single calls, in bytes: what became of the last seven or eight. How many batches a call
+-- forgets at most, and at how many of the runs that go on it looks.
+local MEMORY, FORGOTTEN, MENDED = 320, 1000, 8
 
 -- What a call does not say, because it is so with nearly all.
 local USUALLY = {__index = {mode = 'queue', limit = 1, max_queued = 1, overflow = 'merge', rule = 'latest'}}
@@ -62,28 +62,34 @@ end
 -- were asked and from this one; and the position of the one that is accepted.
 local known, noted, position = nil, nil, nil
 
--- What was sent in one go is sent again in one go: it is remembered for a while, besides the last single calls.
+-- What was sent in one go is sent again in one go: it is remembered for a while, besides the last single calls. The
+-- nonces are listed, and until when, the oldest first.
 local function remember_batch(head)
-  local batches, each = head.batches or {}, {}
+  local each, till = {}, now + asked.redispatch
   for number = 1, #asked.calls do each[number] = noted[number] or known[number] or '' end
-  batches[#batches + 1] = {nonce = asked.nonce, till = now + asked.redispatch}
-  head.batches, head.latest = batches, asked.nonce
   set('did:' .. asked.nonce, cmsgpack.pack(each))
+  set('batches', (get('batches') or '') .. asked.nonce .. ' ' .. whole(till) .. ';')
+  head.forget_at, head.latest = head.forget_at or till, asked.nonce
   write_head(head)
 end
 
 local function forget_batches(head)
-  local fields = {}
-  while head.batches[1] and head.batches[1].till <= now do
-    fields[#fields + 1] = 'did:' .. table.remove(head.batches, 1).nonce
+  local batches, gone, rest, following = get('batches') or '', {}, 1, nil
+  for nonce, till, behind in batches:gmatch('(%S+) (%d+);()') do
+    if tonumber(till) > now or #gone == FORGOTTEN then
+      following = tonumber(till)
+      break
+    end
+    gone[#gone + 1], rest = 'did:' .. nonce, behind
   end
-  if #fields > 0 then redis.call('HDEL', rec, unpack(fields)) end
-  if #head.batches == 0 then head.batches = nil end
+  if following then set('batches', batches:sub(rest)) else gone[#gone + 1] = 'batches' end
+  redis.call('HDEL', rec, unpack(gone))
+  head.forget_at = following
   write_head(head)
 end
 
 local function remember(head, disposition, run)
-  if head.batches then forget_batches(head) end
+  if head.forget_at and head.forget_at <= now then forget_batches(head) end
   local what = disposition .. ' ' .. run.id
   if noted then
     noted[position] = what
