@@ -32,9 +32,9 @@ def commands(drive: Driver, do: Callable[[], Any]) -> dict[str, int]:
 
 @pytest.fixture
 def make_driver() -> Iterator[MakeDriver]:
-    """Make a driver on a server of the test's own: `make_driver(**timing)`. Others' commands are not to be counted."""
+    """Make a driver on a server of the test's own, where others' commands are not counted: `make_driver(**timing)`."""
     with ValkeyServer() as server, server.client(decode_responses=False) as client:
-        yield lambda **timing: Driver(client, "ns", replace(Timing(), **timing))
+        yield lambda clocked=False, **timing: Driver(client, "ns", replace(Timing(), **timing), clocked=clocked)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_batch_is_forgotten_by_one_command(many: int, make_driver: MakeDriver)
 
 def test_batches_of_the_last_minute_make_no_call_dearer(make_driver: MakeDriver) -> None:
     """They are listed beside the head, which every call reads; and are forgotten some at a time."""
-    drive = make_driver(redispatch=3000)
+    drive = make_driver(clocked=True)
     record = drive.names.record(drive.state())[0]
 
     def after(batches: int) -> tuple[int, dict[str, int]]:
@@ -87,7 +87,7 @@ def test_batches_of_the_last_minute_make_no_call_dearer(make_driver: MakeDriver)
     with drive.in_bulk():
         few, many = after(2), after(1100)
     assert many == few
-    drive.pass_time(3001)
+    drive.pass_time(60_001)
     with drive.in_bulk():
         drive.trigger(0)
         assert sum(field.startswith(b"did:") for field in drive.client.hkeys(record)) == 102  # type: ignore[union-attr]
