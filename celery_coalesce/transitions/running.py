@@ -80,9 +80,6 @@ class Running(Base):
         Yields:
             The position of each, and what became of it.
         """
-        if len(asked) == 1:
-            yield 0, self.trigger(*asked[0])
-            return
         states = [state_id(policy.scope, trigger.key) for policy, trigger, _ in asked]
         many = Counter(states)
         together: dict[tuple[str, int | None], list[int]] = {}
@@ -148,9 +145,11 @@ class Running(Base):
     def _accepted_many(self, state: str, reply: Any) -> list[Accepted | MergeWanted | Known | None]:
         answers, sent = reply
         accepted = [self._accepted(state, answer) for answer in answers]
+        if not sent:
+            return accepted
+        # For the caller to do, whichever of its triggers it was that left it.
         for position, each in enumerate(accepted):
-            if sent and isinstance(each, Accepted):
-                # For the caller to do, whichever of its triggers it was that left it.
+            if isinstance(each, Accepted):
                 accepted[position] = each._replace(sent=self._sent(state, sent))
                 break
         return accepted

@@ -358,11 +358,12 @@ end
 -- Calls of one key that are sent in one go. Each has its own of what is asked, and all the rest is all of theirs.
 local function accept_many(push)
   local all, head, answers, broken = asked, read_head(), {}, false
+  local shared = {__index = all}
   local packed = head and redis.call('HGET', rec, 'did:' .. asked.nonce)
   known, noted = packed and cmsgpack.unpack(packed) or {}, {}
   sent_by(head, asked.nonce)
   for number, own in ipairs(all.calls) do
-    asked, position = setmetatable(own, {__index = all}), number
+    asked, position = setmetatable(own, shared), number
     args, call, follower = unpack(ARGV, 3 * number, 3 * number + 2)
     -- Merges build upon one another: behind one that is to be made again, all are.
     local answer, again = AGAIN, false
