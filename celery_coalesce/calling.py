@@ -23,7 +23,7 @@ from .views import RunMeta
 if TYPE_CHECKING:
     from celery.result import AsyncResult
 
-    from .pushing import Pusher
+    from .broker import Broker
     from .result import CoalescedResult
     from .terms import Arguments, Plain, Terms
 
@@ -137,7 +137,7 @@ class Call:
         """Return its trigger, and what else is known of it."""
         return Asking(self.terms.policy, self.trigger, self._arguments, self.terms.serializer)
 
-    def make_message(self, pusher: Pusher, producer: Any) -> None:
+    def make_message(self, broker: Broker, producer: Any) -> None:
         """Have the message made that is pushed if the call is dispatched."""
 
         def publish(run: str) -> None:
@@ -147,16 +147,16 @@ class Call:
             options |= {"headers": headers, "ignore_result": True, "retry": False}
             _let_go(self.terms.plain(*self._given, task_id=self.trigger.task_id, producer=producer, **options))
 
-        self.trigger = self.trigger._replace(push=pusher.made(producer, publish))
+        self.trigger = self.trigger._replace(push=broker.made(producer, publish))
 
     def take(self, reply: object) -> None:
         """Take what became of the trigger."""
         if not isinstance(reply, Accepted):
             raise CoalesceError(f"{self.terms.task.name}: the state server gave no answer to a trigger: {reply!r}")
         self.accepted = reply
-        pusher = self.terms.engine.pusher
-        if pusher is not None and self.met_a_busy_key:
-            pusher.note(self.state)
+        broker = self.terms.engine.broker
+        if broker is not None and self.met_a_busy_key:
+            broker.note(self.state)
         elif self.trigger.push is not None and reply.delay is None and self.terms.stores:
             # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
             self.terms.task.backend.on_task_call(None, reply.task_id)

@@ -116,8 +116,8 @@ def _pushed(
 
     Kombu makes a client for each message, which takes longer than the message itself.
     """
-    pusher = engine.pusher
-    if pusher is None or not pusher.is_free():
+    broker = engine.broker
+    if broker is None or not broker.is_free():
         return False
     with engine.app.producer_or_acquire() as producer:
 
@@ -125,7 +125,7 @@ def _pushed(
             given = {**options, "producer": producer, "retry": False}
             _send(engine.app, envelope._replace(run=run), args, kwargs, given)
 
-        push = pusher.made(producer, publish)
+        push = broker.made(producer, publish)
     if push is None:
         return False
     engine.transitions.store.push(push.queue, f"{push.before}{envelope.run}{push.after}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .pushing import Pusher
+from .broker import Broker
 from .records import Timing
 from .settings import Settings
 from .signals import EventBus
@@ -32,8 +32,8 @@ class Engine:
     transitions: Transitions
     #: The event bus of a process that is no worker.
     producer_bus: EventBus
-    #: Makes messages for scripts to push; ``None`` where they can not.
-    pusher: Pusher | None = None
+    #: The broker, where it is the store's server and scripts may use it.
+    broker: Broker | None = None
     _by_scope: dict[tuple[str, int], list[Policy]] = field(default_factory=dict)
 
     @cached_property
@@ -89,10 +89,9 @@ def engine_of(app: Celery) -> Engine:
         )
         tells = bool(app.conf.task_send_sent_event)
         store = connect(app, settings)
-        # An event of Celery's own would tell of a message that may not be sent.
-        pusher = Pusher() if store.is_broker and settings.publish_by_script and not tells else None
+        broker = Broker(store, tells=tells) if store.is_broker and settings.broker_by_script else None
         bus = EventBus(app, settings.events and tells)
-        engine = Engine(app, settings, Transitions(store, timing), bus, pusher)
+        engine = Engine(app, settings, Transitions(store, timing), bus, broker)
         app.__dict__[_ATTRIBUTE] = engine
     return engine
 

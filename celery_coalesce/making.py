@@ -18,7 +18,7 @@ from .store import MOST_AT_ONCE
 from .triggering import accept, accept_all
 
 if TYPE_CHECKING:
-    from .pushing import Pusher
+    from .broker import Broker
     from .result import CoalescedResult
 
 __all__ = ["make_calls"]
@@ -64,10 +64,10 @@ def _accept(calls: Sequence[Call], producer: Any) -> None:
     if not calls:
         return
     terms = calls[0].terms
-    pusher = terms.engine.pusher
+    broker = terms.engine.broker
     try:
-        if pusher is not None and producer is None and terms.can_be_pushed and pusher.is_free():
-            _accept_pushing(pusher, calls)
+        if broker is not None and producer is None and terms.can_be_pushed and broker.is_free():
+            _accept_pushing(broker, calls)
         else:
             _ask(calls)
     except StoreUnavailable:
@@ -77,7 +77,7 @@ def _accept(calls: Sequence[Call], producer: Any) -> None:
             call.uncoalesced = call.accepted is None
 
 
-def _accept_pushing(pusher: Pusher, calls: Sequence[Call]) -> None:
+def _accept_pushing(broker: Broker, calls: Sequence[Call]) -> None:
     """Have calls accepted with messages that are pushed in the same go: of each key, if it is likely to be idle, one.
 
     A message for a key that is busy is made in vain, and costs more than a round trip. So of a batch a few calls are
@@ -91,7 +91,7 @@ def _accept_pushing(pusher: Pusher, calls: Sequence[Call]) -> None:
         part = calls[begin:end]
         first = {call.state: call for call in reversed(part) if call.state not in seen}
         if not busy:
-            _make_messages(pusher, [call for call in first.values() if not pusher.was_busy(call.state)])
+            _make_messages(broker, [call for call in first.values() if not broker.was_busy(call.state)])
         _ask(part)
         if first and end < len(calls):
             busy = 2 * sum(call.met_a_busy_key for call in first.values()) > len(first)
@@ -108,14 +108,14 @@ def _ask(calls: Sequence[Call]) -> None:
         calls[position].take(reply)
 
 
-def _make_messages(pusher: Pusher, calls: Sequence[Call]) -> None:
+def _make_messages(broker: Broker, calls: Sequence[Call]) -> None:
     """Make the messages that are pushed as their calls are accepted."""
     if not calls:
         return
     try:
         with calls[0].terms.app.producer_or_acquire() as one:
             for call in calls:
-                call.make_message(pusher, one)
+                call.make_message(broker, one)
     except Exception as error:
         # The broker is this very server: whoever asks it to accept the call is told what is wrong.
         logger.debug("No message could be made: %r", error, extra={"action": "not_pushed"})

@@ -63,6 +63,16 @@ class Push(NamedTuple):
     after: str
 
 
+class Receipt(NamedTuple):
+    """What the broker keeps of a message until it is acknowledged."""
+
+    #: The hash of such messages, and the zset of when they were delivered.
+    unacked: str
+    unacked_index: str
+    #: The message's name in both.
+    tag: str
+
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -211,6 +221,8 @@ class Lease(NamedTuple):
     monitored: bool = False
     #: The monotonic clock of the machine when the lease was asked for, in seconds: it was given no earlier.
     leased_at: float = 0.0
+    #: Whether the message was acknowledged in the same go.
+    acknowledged: bool = False
 
     @property
     def began(self) -> bool:
@@ -229,7 +241,7 @@ class Lease(NamedTuple):
             more: Fields that only the child's lease has.
         """
         header = {**self._asdict(), **more}
-        del header["args"]
+        del header["args"], header["acknowledged"]
         return header
 
     @classmethod

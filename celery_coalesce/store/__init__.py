@@ -26,6 +26,10 @@ class Store(Protocol):
         """Run transitions, each given as the arguments of :meth:`call`, in their order; yield their replies."""
         ...
 
+    def is_at(self, pool: Any) -> bool:
+        """Return whether a pool of redis-py's leads to the same database."""
+        ...
+
     def connect(self) -> None:
         """Make the client now, for the processes that are forked from this one."""
         ...

@@ -19,7 +19,7 @@ from ..errors import SettingError
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["Client", "from_url", "is_redis", "like_backend", "like_broker", "shown"]
+__all__ = ["Client", "from_url", "is_redis", "like_backend", "like_broker", "same_database", "shown"]
 
 Client = Any  # redis.Redis or RedisCluster: their common base is private
 
@@ -166,3 +166,13 @@ def _own_pool(pool: Any) -> Client:
     if issubclass(pool.connection_class, redis.UnixDomainSocketConnection):
         kwargs.pop("socket_connect_timeout", None)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
+
+
+def same_database(one: Any, other: Any) -> bool:
+    """Return whether two pools lead to the same database, by the same address or the same Sentinel's name for it."""
+    return _place(one) == _place(other)
+
+
+def _place(pool: Any) -> tuple[Any, ...]:
+    given = pool.connection_kwargs
+    return (getattr(pool, "service_name", None), *(given.get(name) for name in ("host", "port", "path", "db")))

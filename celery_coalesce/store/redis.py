@@ -19,7 +19,7 @@ from ..errors import SettingError, StoreUnavailable
 from ..keys import Names
 from ..settings import Settings
 from . import MOST_AT_ONCE
-from .clients import Client, from_url, is_redis, like_backend, like_broker, shown
+from .clients import Client, from_url, is_redis, like_backend, like_broker, same_database, shown
 from .functions import Functions, by_script
 from .refusals import Refusals
 from .replicas import WAIT_FOR, connected, piped, sent_and_kept
@@ -181,6 +181,16 @@ class RedisStore:
             if blob is not None:
                 client.delete(key)
             return blob
+
+    def is_at(self, pool: Any) -> bool:
+        """Return whether a pool of redis-py's leads to the same database.
+
+        Raises:
+            StoreUnavailable: The server can not be reached.
+        """
+        with self._refusals:
+            client = self._connected()
+            return not isinstance(client, RedisCluster) and same_database(client.connection_pool, pool)
 
     def connect(self) -> None:
         """Make the client now, for the processes that are forked from this one.

@@ -107,11 +107,12 @@ class WorkerPresence(ProcessPresence):
 
     def _goodbye(self) -> None:
         """Hand back what the pool never took."""
-        transitions = engine_of(self._app).transitions
+        engine = engine_of(self._app)
         for lease, pid in list(self._leases.values()):
             if pid is None:
-                # Not acknowledged: the broker gives its message back.
-                transitions.requeue(lease)
+                sent = engine.transitions.requeue(lease)
+                # If it was not acknowledged, the broker gives its message back.
+                publish_all(engine, (lease.acknowledged and sent) or ())
         super()._goodbye()
 
     def _reconcile(self) -> None:

@@ -20,6 +20,7 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
 from .. import signals
+from ..broker import settling
 from ..calls import HEADER, decode, encode, eta_here, follower_of, message_call, moment, without_callbacks
 from ..dispatch import publish_all
 from ..endings import Ending, announce_end, announce_outcome, done_once, end_run, tell_caller
@@ -151,12 +152,14 @@ class CoalescedRequest(ReportingRequest):
         revoked = self._would_be_revoked()
         if not self._claim:
             self._claim, self._asked_at = new_nonce(), time.monotonic()
+        broker = None if self.task.acks_late else engine.broker
         started = engine.transitions.start(
             envelope,
             owner=presence.owner,
             claim=self._claim,
             late=bool(self.task.acks_late),
             revoked=revoked,
+            receipt=broker.receipt_of(self._message) if broker is not None else None,
         )
         answer = started.answer
         if started.lease is not None:
@@ -190,6 +193,8 @@ class CoalescedRequest(ReportingRequest):
         bus = self._bus()
         self._lease = lease
         presence_of(self.app).leased(lease)
+        if lease.acknowledged:
+            self._on_ack = settling(self._message)
         request = self._request_dict
         request[HEADER] = lease.as_header(hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at)
         request["ignore_result"] = self._ignore_result = not lease.store

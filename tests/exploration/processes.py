@@ -29,10 +29,10 @@ from kombu.exceptions import OperationalError
 from kombu.message import Message
 
 from celery_coalesce import CoalescedTask
+from celery_coalesce.broker import Broker
 from celery_coalesce.engine import Engine
 from celery_coalesce.keys import Names
 from celery_coalesce.presence import WORKER_PRESENCE
-from celery_coalesce.pushing import Pusher
 from celery_coalesce.records import Push, Timing
 from celery_coalesce.settings import Settings
 from celery_coalesce.signals import EventBus, coalesce_drain
@@ -142,6 +142,9 @@ class EffectStore:
     def push(self, key: str, what: str) -> None:
         STAGE.effect("publish", *json.loads(what))
 
+    def is_at(self, pool: Any) -> bool:
+        return False
+
     def connect(self) -> None:
         """Nothing is connected to."""
 
@@ -162,7 +165,7 @@ class EffectBackend(BaseBackend):
         return found
 
 
-class StagePusher(Pusher):
+class StageBroker(Broker):
     """Makes messages for scripts to push; remembers nothing, so that a process is what its log says."""
 
     def made(self, producer: Any, publish: Callable[[str], Any]) -> Push:
@@ -176,6 +179,9 @@ class StagePusher(Pusher):
     def was_busy(self, state: str) -> bool:
         """Return that it was not."""
         return False
+
+    def receipt_of(self, message: Any) -> None:
+        """Return that the message is acknowledged by itself: its copies are what is explored."""
 
 
 def _publish(producer: Any, name: str, message: Any, **options: Any) -> None:
@@ -244,8 +250,9 @@ def make_app(options: dict[str, Any]) -> Any:
     app.__dict__["amqp"] = app.amqp
     app.amqp.__dict__["send_task_message"] = _publish
     app.producer_or_acquire = _producer
-    pusher = StagePusher() if options.pop("pushes", False) else None
-    engine = Engine(app, Settings.of(app), Transitions(EffectStore(), Timing()), EventBus(app, False), pusher)
+    store = EffectStore()
+    broker = StageBroker(store) if options.pop("pushes", False) else None
+    engine = Engine(app, Settings.of(app), Transitions(store, Timing()), EventBus(app, False), broker)
     app.__dict__["_celery_coalesce_engine"] = engine
 
     def run(self: Any, value: int) -> int:

@@ -216,7 +216,7 @@ def test_nobody_is_told_of_a_message_that_is_not_sent(
 @pytest.mark.parametrize(
     "conf",
     [
-        {"coalesce_publish_by_script": False},
+        {"coalesce_broker_by_script": False},
         {"task_send_sent_event": True},
         {"task_queues": [Queue("celery", Exchange("celery"), expires=60)]},
         {"task_queues": [Queue("celery", Exchange("all", type="fanout"))]},
