@@ -38,7 +38,6 @@ from .plain import PLAIN
 from .records import LostLease
 from .states import Outcome
 from .stopping import stop_runs
-from .transitions.sweeping import SLICE
 from .views import RunMeta
 
 if TYPE_CHECKING:
@@ -240,10 +239,7 @@ class ProcessPresence:
         known = dict(self._leases)
         if not known:
             return
-        held = set(engine_of(self._app).transitions.held(self.owner))
-        if len(held) >= SLICE:
-            # More than one look returns: those that are missing may be held all the same.
-            return
+        held = engine_of(self._app).transitions.all_held(self.owner)
         for ref, each in known.items():
             with self._leases_guard:
                 # The next attempt of a run has the same name, and may have come meanwhile.

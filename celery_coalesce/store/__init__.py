@@ -34,8 +34,8 @@ class Store(Protocol):
         """Make the client now, for the processes that are forked from this one."""
         ...
 
-    def members(self, key: str, most: int) -> list[str]:
-        """Return some members of a set."""
+    def members(self, key: str, most: int | None = None) -> list[str]:
+        """Return the members of a set, or some of them."""
         ...
 
     def push(self, key: str, what: str) -> None:

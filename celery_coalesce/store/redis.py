@@ -150,10 +150,17 @@ class RedisStore:
                     raise reply
             yield reply
 
-    def members(self, key: str, most: int) -> list[str]:
-        """Return some members of a set."""
+    def members(self, key: str, most: int | None = None) -> list[str]:
+        """Return the members of a set, some hundreds to a command.
+
+        Args:
+            key: The set.
+            most: How many will do, taken at random.
+        """
         with self._refusals:
-            return [member.decode() for member in self._connected().srandmember(key, most)]
+            client = self._connected()
+            found = client.sscan_iter(key, count=MOST_AT_ONCE) if most is None else client.srandmember(key, most)
+            return [member.decode() for member in found]
 
     def push(self, key: str, what: str) -> None:
         """Put something into a list, at its beginning.

@@ -32,8 +32,12 @@ class Sweeping(Base):
         return Overdue(tuple(map(as_text, processes)), tuple(map(as_text, refs)), tuple(map(as_blob, drains)))
 
     def held(self, owner: str) -> list[str]:
-        """Return some of the leases that hang from a process."""
+        """Return some of the leases that hang from a process, by their names."""
         return self.store.members(self.store.names.held(owner), SLICE)
+
+    def all_held(self, owner: str) -> set[str]:
+        """Return the leases that have hung from a process all the while, and perhaps others that have at some time."""
+        return set(self.store.members(self.store.names.held(owner)))
 
     def bury(self, owner: str, *, leaving: bool = False) -> None:
         """Forget a presence that holds nothing."""

@@ -128,7 +128,7 @@ class WorkerPresence(ProcessPresence):
         engine = engine_of(self._app)
         transitions = engine.transitions
         unknown: dict[str, float] = {}
-        for ref in set(transitions.held(self.owner)) - self._leases.keys():
+        for ref in transitions.all_held(self.owner) - self._leases.keys():
             lease = transitions.lease_of(ref, self.owner)
             if lease is None or lease.task in PLAIN:
                 continue

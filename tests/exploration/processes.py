@@ -136,7 +136,7 @@ class EffectStore:
         for name, keys, *argv in calls:
             yield self.call(name, keys, *argv)
 
-    def members(self, key: str, most: int) -> list[str]:
+    def members(self, key: str, most: int | None = None) -> list[str]:
         return list(STAGE.effect("members", key))
 
     def push(self, key: str, what: str) -> None:

@@ -124,7 +124,7 @@ class Twice:
         script, keys, argv = self.calls[position]
         return self.store.call(script, keys, *argv)
 
-    def members(self, key: str, most: int) -> list[str]:
+    def members(self, key: str, most: int | None = None) -> list[str]:
         """Return some members of a set."""
         return self.store.members(key, most)
 

@@ -245,9 +245,7 @@ class TestAWorker:
         assert len(journal.events("start")) == len(results)
 
     @pytest.mark.parametrize("acknowledged", [True, False])
-    def test_hands_back_what_its_pool_never_took(
-        self, acknowledged: bool, make_app: MakeApp, journal: Journal
-    ) -> None:
+    def test_hands_back_what_its_pool_never_took(self, acknowledged: bool, make_app: MakeApp, journal: Journal) -> None:
         """The broker gives back what is not acknowledged; for what is, there is a new message."""
         app = make_app()
         presence = WorkerPresence(cast("Any", SimpleNamespace(app=app, hostname="w")))
@@ -268,4 +266,3 @@ class TestAWorker:
                 assert again.headers["coalesce"]["run"] == str(result.run_id)
                 assert start(app, again, None, "another").answer is Answer.RUNNING
                 again.ack()
-
