@@ -1,6 +1,6 @@
 """What coalescing costs beside plain Celery, and beside other packages that keep calls apart.
 
-``python -m benchmarks.speed`` measures everything (some twelve minutes), ``python -m benchmarks.speed producer burst``
+``python -m benchmarks.speed`` measures everything (a quarter of an hour), ``python -m benchmarks.speed producer burst``
 some sections. It needs the extra ``benchmarks``, and starts what servers it needs. ``--redis URL`` names an empty
 database to use instead, in all sections but ``scale``; it is emptied again and again. ``--rounds`` makes more or fewer
 rounds, ``--json FILE`` writes the figures, and ``--plots DIRECTORY`` draws those of ``scale``.
@@ -23,7 +23,8 @@ a figure as any other, never an exit code.
 ``memory``     Bytes of the state server for each key. What ours has more than the key's text and its arguments is
                what is judged; what others have includes the text.
 ``imports``    Milliseconds of ``import celery_coalesce``, in fresh interpreters.
-``scale``      How cost grows with keys, waiting runs and constraints.
+``scale``      How cost grows with keys, waiting runs, followers, workers and constraints' waiters; what idle workers
+               ask for, and a sweep. With ``--full`` to a million keys.
 =============  =====================================================================================================
 
 Each contender calls from a process of its own, so that none pays for what another has imported.

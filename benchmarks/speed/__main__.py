@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.bench import Bench
-from benchmarks.speed.report import as_json, grown, surroundings, table
+from benchmarks.speed.report import as_json, growth_rows, surroundings, table
 from benchmarks.speed.servers import redis_server
 
 SECTIONS = ("producer", "rabbitmq", "worker", "latency", "burst", "memory", "imports", "scale")
@@ -53,7 +53,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         if name == "scale":
             sizes = {"most_keys": 10**6, "most_leases": 10**5} if given.full else {}
             found["figures"] = section.measure(say, **sizes)
-            rows = grown(found["figures"])
+            rows = growth_rows(found["figures"])
         else:
             rows = section.measure(bench)
         found["sections"][name] = as_json(rows)

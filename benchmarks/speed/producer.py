@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from benchmarks.speed.bench import Bench
-from benchmarks.speed.caller import Caller
+from benchmarks.speed.caller import WARM, Caller
 from benchmarks.speed.contenders import ALL, HEIMDALL, ONCE, OURS, PLAIN, SINGLETON, Setup
 from benchmarks.speed.report import Row, row
 from benchmarks.speed.rounds import take_turns
@@ -65,7 +65,7 @@ def _measured(server: Server, caller: Caller, operation: str, options: dict[str,
     server.clear()
     before = server.cpu()
     found: dict[str, float] = caller(operation, **options)
-    calls = options["number"] + options.get("warm", 0 if "batch" in operation else 20)
+    calls = options["number"] + options.get("warm", 0 if "batch" in operation else WARM)
     if operation == "batch_each_again":
         calls *= 2
     found["redis"] = 1e6 * (server.cpu() - before) / calls

@@ -11,7 +11,17 @@ from typing import Any
 
 from benchmarks.speed.rounds import Spread, ratios
 
-PACKAGES = ("celery-coalesce", "celery", "kombu", "redis", "hiredis", "celery-once", "celery-singleton")
+OTHERS = ("celery-once", "celery-singleton", "celery-heimdall")
+PACKAGES = (
+    "celery-coalesce",
+    "celery",
+    "kombu",
+    "redis",
+    "hiredis",
+    "celery-once",
+    "celery-singleton",
+    "celery-heimdall",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def row(
     return Row(what, value, unit, ratio, beside[0] if beside else "", tuple(targets))
 
 
-def grown(figures: Mapping[str, Any]) -> list[Row]:
+def growth_rows(figures: Mapping[str, Any]) -> list[Row]:
     """Make a row of each cost at the largest size, beside the one at the least."""
     rows = []
     for figure in figures.values():
@@ -93,7 +103,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def surroundings(server: str) -> dict[str, Any]:
     """Return what the figures were measured with."""
     found = {"python": platform.python_version(), "cpus": os.cpu_count(), "state server": server}
-    for package in (*PACKAGES, "celery-heimdall"):
+    for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

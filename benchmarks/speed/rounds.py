@@ -41,4 +41,4 @@ def take_turns(rounds: int, parts: Mapping[str, Callable[[], T]]) -> dict[str, l
 
 def ratios(values: Sequence[float], beside: Sequence[float]) -> list[float]:
     """Return the ratios within each round."""
-    return [value / other for value, other in zip(values, beside, strict=False) if other]
+    return [value / other for value, other in zip(values, beside, strict=True)]
