@@ -15,7 +15,7 @@ from .refusals import NEWER, code_of, is_outage
 from .scripts import Script
 from .wire import Command
 
-__all__ = ["Functions", "by_script"]
+__all__ = ["Functions", "by_script", "failed"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -47,10 +47,10 @@ class Functions:
             return by_script(run, script, what)
         command = ("FCALL", script.function, *what)
         [reply] = run([command])
-        if _failed(reply):
+        if failed(reply):
             self._load(run, script)
             [reply] = run([command])
-            if _failed(reply):
+            if failed(reply):
                 return self._otherwise(run, script, what, reply)
         self._there.add(script.name)
         return reply
@@ -90,6 +90,6 @@ class Functions:
         self._usable = False
 
 
-def _failed(reply: Any) -> bool:
+def failed(reply: Any) -> bool:
     """Return whether a reply says that something is wrong with the function, as far as can be told."""
     return isinstance(reply, ResponseError) and not is_outage(reply) and code_of(reply) != NEWER

@@ -20,7 +20,7 @@ from ..keys import Names
 from ..settings import Settings
 from . import MOST_AT_ONCE
 from .clients import Client, from_url, is_redis, like_backend, like_broker, same_database, shown
-from .functions import Functions, by_script
+from .functions import Functions, by_script, failed
 from .refusals import Refusals
 from .replicas import WAIT_FOR, connected, piped, sent_and_kept
 from .scripts import script
@@ -140,7 +140,7 @@ class RedisStore:
             functions = self._functions
             there = {name for name in names if functions is not None and functions.has(self._sent, script(name))}
             replies = run(_commands(calls, there))
-            if functions is not None and there and isinstance(replies[0], ResponseError):
+            if functions is not None and there and any(map(failed, replies)):
                 # It may be that one of them has gone. All are asked again: those that have run are known again.
                 functions.lost()
                 replies = run(_commands(calls, set()))

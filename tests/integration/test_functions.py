@@ -10,7 +10,7 @@ import redis
 
 from celery_coalesce.keys import Names
 from celery_coalesce.policy import Policy
-from celery_coalesce.records import Timing, Trigger
+from celery_coalesce.records import Push, Timing, Trigger
 from celery_coalesce.store.redis import RedisStore
 from celery_coalesce.store.scripts import OFTEN, SCRIPTS, script
 from celery_coalesce.transitions import Transitions
@@ -122,6 +122,25 @@ def test_functions_that_are_gone_are_loaded_again(
     assert view is not None
     assert [run["triggers"] for run in view.runs] == [3]
     assert len(transitions.busy()) == 1 + len(make(make_transitions()))
+
+
+def test_one_that_is_gone_is_missed_wherever_it_stands(
+    make_transitions: Callable[..., Transitions], admin: redis.Redis
+) -> None:
+    """A batch may begin with another transition."""
+    transitions = make_transitions()
+
+    def make(*keys: str) -> list[Any]:
+        pushed, plain = (Trigger(f"id-{key}", key, b"[]") for key in keys)
+        asked = [pushed._replace(push=Push("queue", "", "")), plain]
+        return in_order(transitions.triggers([(POLICY, trigger, None) for trigger in asked]))
+
+    make("a", "b")
+    admin.execute_command("FUNCTION", "DELETE", script("trigger").function)
+    assert {each.disposition.value for each in make("c", "d")} == {"dispatched"}
+    assert {each.disposition.value for each in make("e", "f")} == {"dispatched"}
+    assert admin.llen("queue") == 3
+    assert len(admin.function_list()) == 2  # type: ignore[arg-type]
 
 
 def test_a_mistake_of_one_record_costs_no_function(
