@@ -175,4 +175,8 @@ def same_database(one: Any, other: Any) -> bool:
 
 def _place(pool: Any) -> tuple[Any, ...]:
     given = pool.connection_kwargs
-    return (getattr(pool, "service_name", None), *(given.get(name) for name in ("host", "port", "path", "db")))
+    manager = getattr(pool, "sentinel_manager", None)
+    # In any order: redis-py moves the one that answered to the front.
+    sentinels = frozenset(_place(each.connection_pool) for each in manager.sentinels) if manager is not None else None
+    address = (given.get(name) for name in ("host", "port", "path", "db"))
+    return (*address, getattr(pool, "service_name", None), sentinels)
