@@ -10,9 +10,11 @@ second round trip.
 gives it the lease takes the message out of what kombu keeps of unacknowledged ones. Kombu's count of them in this
 process, which bounds what it fetches, is left to Celery: it goes down when the pool has taken the run.
 
-Relied on are, of kombu.transport.redis (5.5-5.7), ``Channel.conn_or_acquire`` and the ``LPUSH`` of ``Channel._put``;
-``QoS.ack``, the two keys that it removes a message from, and the ``QoS.ack`` of kombu.transport.virtual beneath it.
+Relied on are, of kombu (5.5-5.7), in transport.redis ``Channel.conn_or_acquire``, ``pool``, ``global_keyprefix`` and
+``_expires``, and the ``LPUSH`` of ``Channel._put``; ``QoS.ack``, which removes a message from ``Channel.unacked_key``
+and ``unacked_index_key``, and the ``QoS.ack`` of transport.virtual beneath it; and ``ack`` and ``_state`` of messages.
 Whatever they do otherwise (fanout, several queues, queues that expire, another transport or server) is left to kombu.
+Its transport is imported late: it needs redis-py, which other brokers do without.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from .records import Push, Receipt
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["Broker", "settling"]
+__all__ = ["Broker", "settle"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -44,23 +46,24 @@ BUSY_FOR, MOST_BUSY = 1.0, 10_000
 DECLARING = frozenset({"sadd", "smembers", "exists", "pipeline"})
 
 
-def settling(message: Any) -> Callable[..., None]:
-    """Return what kombu does in this process to acknowledge a message, once a script has done all else."""
+def settle(message: Any) -> None:
+    """Leave to a message's ``ack`` what is to be done in this process once a script has acknowledged it."""
     qos = message.channel.qos
 
-    def settle(*_: Any) -> None:
+    def ack(multiple: bool = False) -> None:
         virtual.QoS.ack(qos, message.delivery_tag)
         message._state = "ACK"
 
-    return settle
+    # Called by its ack_log_error (kombu.message, 5.5-5.7), which Celery has made a promise of, with more to come after.
+    message.ack = ack
 
 
-class UnpushableError(Exception):
+class _UnpushableError(Exception):
     """Publishing this message is something else than one push."""
 
 
 class Broker:
-    """What makes an app's scripts push and acknowledge messages.
+    """The broker, where scripts may use it: what publishing would push, and what acknowledging would remove.
 
     Args:
         store: The server that is the broker as well.
@@ -76,7 +79,7 @@ class Broker:
 
     # -- keys that were busy -----------------------------------------------------------------------------------------
 
-    def note(self, state: str) -> None:
+    def note_busy(self, state: str) -> None:
         """Note that a key was busy."""
         if len(self._busy) >= MOST_BUSY:
             self._busy.clear()
@@ -88,12 +91,12 @@ class Broker:
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
-    def is_free(self) -> bool:
+    def may_push(self) -> bool:
         """Return whether nobody is told of a publish, who would be told of one that may not happen."""
         heard = before_task_publish.receivers or after_task_publish.receivers or task_sent.receivers
         return not (heard or self._tells)
 
-    def made(self, producer: Any, publish: Callable[[str], Any]) -> Push | None:
+    def push_of(self, producer: Any, publish: Callable[[str], Any]) -> Push | None:
         """Return what publishing would push, ``None`` if that is not for a script to do.
 
         Args:
@@ -104,7 +107,7 @@ class Broker:
         try:
             if not self._leads_here(producer.channel):
                 return None
-            with _watched(producer.channel) as pushed:
+            with _recording(producer.channel) as pushed:
                 publish(run)
         except Exception as error:
             # The same will be wrong when it is published as ever, and is told then.
@@ -119,7 +122,11 @@ class Broker:
     # -- acknowledging -----------------------------------------------------------------------------------------------
 
     def receipt_of(self, message: Any) -> Receipt | None:
-        """Return what acknowledging a message would remove, ``None`` if that is not for a script to do."""
+        """Return what acknowledging a message would remove, ``None`` if that is not for a script to do.
+
+        Raises:
+            StoreUnavailable: The server can not be reached.
+        """
         from kombu.transport.redis import QoS
 
         channel = message.channel
@@ -138,7 +145,7 @@ class Broker:
         return here
 
 
-class _Watched:
+class _Recorder:
     """Takes the place of a client of kombu's: keeps what is pushed."""
 
     def __init__(self, channel: Any) -> None:
@@ -150,18 +157,18 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Any:
         if name not in DECLARING:
-            raise UnpushableError(name)
+            raise _UnpushableError(name)
         return getattr(self._channel._create_client(), name)
 
 
 @contextmanager
-def _watched(channel: Any) -> Iterator[list[tuple[str, str]]]:
+def _recording(channel: Any) -> Iterator[list[tuple[str, str]]]:
     if getattr(channel, "_expires", None):
-        raise UnpushableError(channel)
-    watched = _Watched(channel)
+        raise _UnpushableError(channel)
+    recorder = _Recorder(channel)
     # The channel is its producer's alone for as long as that is not back in its pool.
-    channel.conn_or_acquire = lambda client=None: nullcontext(client or watched)
+    channel.conn_or_acquire = lambda client=None: nullcontext(client or recorder)
     try:
-        yield watched.pushed
+        yield recorder.pushed
     finally:
         del channel.conn_or_acquire

@@ -147,7 +147,7 @@ class Call:
             options |= {"headers": headers, "ignore_result": True, "retry": False}
             _let_go(self.terms.plain(*self._given, task_id=self.trigger.task_id, producer=producer, **options))
 
-        self.trigger = self.trigger._replace(push=broker.made(producer, publish))
+        self.trigger = self.trigger._replace(push=broker.push_of(producer, publish))
 
     def take(self, reply: object) -> None:
         """Take what became of the trigger."""
@@ -156,7 +156,7 @@ class Call:
         self.accepted = reply
         broker = self.terms.engine.broker
         if broker is not None and self.met_a_busy_key:
-            broker.note(self.state)
+            broker.note_busy(self.state)
         elif self.trigger.push is not None and reply.delay is None and self.terms.stores:
             # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
             self.terms.task.backend.on_task_call(None, reply.task_id)

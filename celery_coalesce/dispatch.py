@@ -7,6 +7,7 @@ message in silence would cost a minute), and everything that the run's own ``app
 from __future__ import annotations
 
 import logging
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,20 @@ from celery import Task
 from .calls import HEADER, UNREADABLE, decode, eta_header, options_of
 from .errors import CoalesceError
 from .plain import PLAIN, give_turn
-from .records import Advance
+from .records import Advance, Envelope
 
 if TYPE_CHECKING:
     from celery import Celery
 
     from .engine import Engine
-    from .records import Envelope, Sent
+    from .records import Sent
 
-__all__ = ["publish_all", "run_header"]
+__all__ = ["named_run", "publish_all", "run_header"]
 
 logger = logging.getLogger("celery_coalesce")
+
+#: What ids of records and runs look like.
+STATE, RUN = re.compile(r"[a-z2-7]{26}"), re.compile(r"[0-9]{1,20}")
 
 
 def run_header(state: str, run: str, attempt: int = 0, version: int = 0, *, wait: int = 0) -> dict[str, Any]:
@@ -41,6 +45,27 @@ def run_header(state: str, run: str, attempt: int = 0, version: int = 0, *, wait
     """
     header = {"state": state, "run": run, "attempt": attempt, "version": version}
     return {**header, "wait": wait} if wait > 0 else header
+
+
+def named_run(header: object, task_id: str, task: str) -> Envelope | None:
+    """Return the run that a message names, ``None`` if what it names can be no run.
+
+    Args:
+        header: What :func:`run_header` returned, or whatever somebody else has put there.
+        task_id: The message's task id.
+        task: Its task.
+    """
+    if not isinstance(header, dict):
+        return None
+    state, run = header.get("state"), header.get("run")
+    attempt, version = header.get("attempt"), header.get("version")
+    if not (isinstance(state, str) and isinstance(run, str)):
+        return None
+    if not (isinstance(attempt, int) and isinstance(version, int)):
+        return None
+    if not (STATE.fullmatch(state) and RUN.fullmatch(run)):
+        return None
+    return Envelope(state, run, task_id, task, attempt, version, 0, b"", b"")
 
 
 def publish_all(engine: Engine, sent: Iterable[Sent]) -> None:
@@ -117,7 +142,7 @@ def _pushed(
     Kombu makes a client for each message, which takes longer than the message itself.
     """
     broker = engine.broker
-    if broker is None or not broker.is_free():
+    if broker is None or not broker.may_push():
         return False
     with engine.app.producer_or_acquire() as producer:
 
@@ -125,7 +150,7 @@ def _pushed(
             given = {**options, "producer": producer, "retry": False}
             _send(engine.app, envelope._replace(run=run), args, kwargs, given)
 
-        push = broker.made(producer, publish)
+        push = broker.push_of(producer, publish)
     if push is None:
         return False
     engine.transitions.store.push(push.queue, f"{push.before}{envelope.run}{push.after}")

@@ -66,7 +66,7 @@ def _accept(calls: Sequence[Call], producer: Any) -> None:
     terms = calls[0].terms
     broker = terms.engine.broker
     try:
-        if broker is not None and producer is None and terms.can_be_pushed and broker.is_free():
+        if broker is not None and producer is None and terms.can_be_pushed and broker.may_push():
             _accept_pushing(broker, calls)
         else:
             _ask(calls)

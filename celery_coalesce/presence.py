@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -245,21 +245,21 @@ class ProcessPresence:
                 # The next attempt of a run has the same name, and may have come meanwhile.
                 if ref not in held and self._leases.get(ref) is each:
                     del self._leases[ref]
-        for lease, told in self._bodiless({ref: each for ref, each in known.items() if ref in held}):
-            self._end_dead(lease, told=told)
+        self._see_to_bodiless({ref: each for ref, each in known.items() if ref in held})
 
-    def _bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> Iterator[tuple[Lease, bool]]:
-        """Yield the leases that no body has, and whether Celery tells the run's own caller."""
+    def _see_to_bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> None:
+        """End leases that no body has."""
         for lease, pid in held.values():
             if pid == 0:
-                yield lease, False
+                self._end_dead(lease, told=False, again=False)
 
-    def _end_dead(self, lease: Lease, *, told: bool) -> None:
+    def _end_dead(self, lease: Lease, *, told: bool, again: bool) -> None:
         """End, or have run again, what no process of this worker runs any more.
 
         Args:
             lease: The lease.
             told: Whether Celery tells the run's own caller.
+            again: Whether it runs again if its task is acknowledged late.
         """
         engine = engine_of(self._app)
         task = self._app.tasks.get(lease.task)
@@ -270,7 +270,7 @@ class ProcessPresence:
             extra={"action": "dead_child", "run_id": lease.run, "task_id": lease.task_id},
         )
         ending = stored_ending(self._app, lease.task, lease.task_id)
-        if ending is None and told and task is not None and task.acks_late:
+        if ending is None and again and task is not None and task.acks_late:
             publish_all(engine, engine.transitions.requeue(lease) or ())
             return
         if ending is None:

@@ -28,6 +28,7 @@ __all__ = [
     "MergeWanted",
     "Overdue",
     "Push",
+    "Receipt",
     "RolledBack",
     "Sent",
     "Started",

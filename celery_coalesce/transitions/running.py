@@ -388,10 +388,10 @@ class Running(Base):
         return self._sent(lease.state, reply[1])
 
     def requeue(self, lease: Lease) -> tuple[Sent, ...] | None:
-        """Wait for the message that the broker gives back.
+        """Wait for the message that the broker gives back, or that the caller publishes anew.
 
         Returns:
-            What to publish if the broker can not be trusted to, or ``None`` if the lease was lost.
+            What to publish if the broker does not give it back, or ``None`` if the lease was lost.
         """
         names = self.store.names
         asked = {"run": lease.run, "token": lease.token}

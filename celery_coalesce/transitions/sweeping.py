@@ -36,7 +36,7 @@ class Sweeping(Base):
         return self.store.members(self.store.names.held(owner), SLICE)
 
     def all_held(self, owner: str) -> set[str]:
-        """Return the leases that have hung from a process all the while, and perhaps others that have at some time."""
+        """Return the leases that hang from a process: all that do throughout, and perhaps some that came or went."""
         return set(self.store.members(self.store.names.held(owner)))
 
     def bury(self, owner: str, *, leaving: bool = False) -> None:

@@ -30,8 +30,6 @@ logger = logging.getLogger("celery_coalesce")
 
 #: Seconds between two looks at a pool child that is being killed.
 DEATH_AGAIN = 0.05
-#: Seconds between two tries to report to a store that is away.
-REPORT_AGAIN = 1.0
 
 
 class ReportingRequest(Request):
@@ -46,10 +44,25 @@ class ReportingRequest(Request):
     _outcome_told = False
     #: The pool process has returned the attempt's end, and lives on.
     _returned = False
+    #: What the pool was given and has not accepted yet.
+    job: Any = None
+    _job_reference: Any = None
 
     def _bus(self) -> EventBus:
         wanted = bool(self.task.send_events) and engine_of(self.app).settings.events
         return EventBus.of_worker(self.app, self._eventer, self._hostname, wanted=wanted)
+
+    @property
+    def _apply_result(self) -> Any:
+        """Celery's weak reference to what the pool was given (celery.worker.request, 5.5-5.7)."""
+        return self._job_reference
+
+    @_apply_result.setter
+    def _apply_result(self, reference: Any) -> None:
+        self._job_reference = reference
+        # Celery forgets it when the broker's connection is lost, and nobody knows whether a child has it.
+        if reference is not None and self._lease is not None and self.worker_pid is None:
+            self.job = reference()
 
     def supersede(self, pool: Any, run: str) -> dict[str, str]:
         """Terminate the run, if this request still has it and the pool can."""
@@ -81,6 +94,7 @@ class ReportingRequest(Request):
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """Note which process runs the body."""
+        self.job = None
         if self._lease is not None:
             presence_of(self.app).accepted(self._lease, self._process(pid))
         try:
@@ -126,12 +140,12 @@ class ReportingRequest(Request):
         lease = self._settle()
         if lease is None:
             return
-        transitions = engine_of(self.app).transitions
+        engine = engine_of(self.app)
         try:
-            transitions.requeue(lease)
+            engine.transitions.requeue(lease)
         except StoreUnavailable:
-            # The message comes back all the same, and is a duplicate until the lease has been taken away.
-            presence_of(self.app).abandoned(lease)
+            # The message comes back all the same, and is a duplicate until then.
+            presence_of(self.app).report_later(lambda: publish_all(engine, engine.transitions.requeue(lease) or ()))
         super().reject(requeue=True)
 
     def _end_killed(self, error: BaseException) -> None:
@@ -216,6 +230,4 @@ class ReportingRequest(Request):
                 error,
                 extra={"action": "report_delayed", "task_id": self.id},
             )
-            consumer = presence_of(self.app).consumer
-            if consumer is not None:
-                consumer.timer.call_after(REPORT_AGAIN, self._report, (report,))
+            presence_of(self.app).report_later(report)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from celery import bootsteps
 from celery.signals import worker_shutdown
+from celery.worker import state as worker_state
 
 from ..dispatch import publish_all
 from ..engine import engine_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from celery.worker import WorkController
 
     from ..records import Lease
+    from .ends import ReportingRequest
 
 __all__ = ["Presence", "WorkerPresence", "is_alive", "presence_of"]
 
@@ -55,8 +57,8 @@ class Presence(bootsteps.StartStopStep):
 
     def __init__(self, worker: WorkController, **kwargs: Any) -> None:
         super().__init__(worker, **kwargs)
-        self.thread = WorkerPresence(worker)
-        worker.app.__dict__[WORKER_PRESENCE] = self.thread
+        self._presence = WorkerPresence(worker)
+        worker.app.__dict__[WORKER_PRESENCE] = self._presence
         # Before the pool forks. A store that is not there yet is waited for.
         with contextlib.suppress(StoreUnavailable):
             engine_of(worker.app).transitions.store.connect()
@@ -67,8 +69,12 @@ class Presence(bootsteps.StartStopStep):
         Raises:
             SettingError: The state server can not be used.
         """
-        self.thread.begin()
-        worker_shutdown.connect(self.thread.end, weak=False, dispatch_uid=f"celery_coalesce.{self.thread.owner}")
+        self._presence.begin()
+        worker_shutdown.connect(self._presence.end, weak=False, dispatch_uid=f"celery_coalesce.{self._presence.owner}")
+
+    def terminate(self, worker: WorkController) -> None:
+        """End with the process: no signal tells of a cold shutdown (WorkController.terminate, 5.5-5.7)."""
+        atexit.register(self._presence.end)
 
 
 class WorkerPresence(ProcessPresence):
@@ -85,6 +91,10 @@ class WorkerPresence(ProcessPresence):
         self._dead: dict[str, float] = {}
         #: Since when a lease has been known to the store alone, by its token.
         self._unknown: dict[str, float] = {}
+        #: What waits for the pool to take it, by the names of the leases.
+        self._waiting: dict[str, ReportingRequest] = {}
+        #: Those that a child has and Celery has forgotten, by their tokens.
+        self._forgotten: set[str] = set()
 
     @property
     def consumer(self) -> Any:
@@ -97,12 +107,14 @@ class WorkerPresence(ProcessPresence):
         wanted = engine_of(self._app).settings.events
         return EventBus.of_worker(self._app, dispatcher, self._worker.hostname, wanted=wanted)
 
-    def leased(self, lease: Lease) -> None:
-        """Note a lease that hangs from this process."""
+    def leased(self, lease: Lease, request: ReportingRequest) -> None:
+        """Note a lease that hangs from this process, and what the pool is about to be given."""
+        self._waiting[lease.ref] = request
         self._note(lease, None)
 
     def accepted(self, lease: Lease, pid: int | None) -> None:
         """Note which process runs a lease's body."""
+        self._waiting.pop(lease.ref, None)
         self._note(lease, pid)
 
     def _goodbye(self) -> None:
@@ -111,19 +123,48 @@ class WorkerPresence(ProcessPresence):
         for lease, pid in list(self._leases.values()):
             if pid is None:
                 sent = engine.transitions.requeue(lease)
-                # If it was not acknowledged, the broker gives its message back.
-                publish_all(engine, (lease.acknowledged and sent) or ())
+                if lease.acknowledged:
+                    # Any other message is given back by the broker.
+                    publish_all(engine, sent or ())
         super()._goodbye()
 
     def _reconcile(self) -> None:
         super()._reconcile()
+        self._see_to_dropped()
         self._give_up_unknown()
+
+    def _see_to_dropped(self) -> None:
+        """See to what the pool had not accepted when the broker's connection was lost.
+
+        Celery drops it, taking it to be delivered again (AsynPool.flush, celery.concurrency.asynpool, 5.5-5.7): what no
+        child has will not run, and of what a child has Celery tells no more. Other pools go on with it.
+        """
+        for ref, request in list(self._waiting.items()):
+            lease, _ = self._leases.get(ref, (None, None))
+            if lease is None:
+                # It was ended at the gate.
+                self._waiting.pop(ref, None)
+            elif request not in worker_state.reserved_requests and hasattr(request.job, "_payload"):
+                child = request.job._write_to
+                if child is not None:
+                    self._forgotten.add(lease.token)
+                    self.accepted(lease, child.pid)
+                    continue
+                logger.warning(
+                    "Run %s of %s was dropped with the broker's connection, and is dispatched again",
+                    lease.run,
+                    lease.task,
+                    extra={"action": "dropped_lease", "run_id": lease.run, "task_id": lease.task_id},
+                )
+                self._waiting.pop(ref, None)
+                engine = engine_of(self._app)
+                publish_all(engine, engine.transitions.requeue(lease) or ())
 
     def _give_up_unknown(self) -> None:
         """Have dispatched again what this process holds and knows nothing of: the answer that gave it was lost.
 
-        The gate asks again for the message that it has, and gets the same answer; this is for one that went back to the
-        broker meanwhile. No body has begun.
+        The gate asks again for the message that it has, and gets the same answer; this is for one that is gone: back to
+        the broker, or acknowledged by the script. No body has begun.
         """
         engine = engine_of(self._app)
         transitions = engine.transitions
@@ -144,9 +185,12 @@ class WorkerPresence(ProcessPresence):
                 publish_all(engine, transitions.requeue(lease) or ())
         self._unknown = unknown
 
-    def _bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> Iterator[tuple[Lease, bool]]:
-        """Yield also those whose pool child is gone without a word: it died with a report that waited for the store."""
-        yield from super()._bodiless(held)
+    def _see_to_bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> None:
+        """End also those whose pool child is gone without a word.
+
+        It died with a report that waited for the store, or when Celery had forgotten that it had one.
+        """
+        super()._see_to_bodiless(held)
         dead: dict[str, float] = {}
         for ref, (_, pid) in held.items():
             if pid and pid != os.getpid() and not is_alive(pid):
@@ -154,7 +198,9 @@ class WorkerPresence(ProcessPresence):
         self._dead = dead
         for ref, since in dead.items():
             if time.monotonic() - since >= DEAD_FOR:
-                yield held[ref][0], True
+                lease, _ = held[ref]
+                self._end_dead(lease, told=lease.token not in self._forgotten, again=True)
+        self._forgotten &= {lease.token for lease, _ in held.values()}
 
 
 def is_alive(pid: int) -> bool:

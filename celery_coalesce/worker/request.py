@@ -8,7 +8,6 @@ the one method on that way that a subclass keeps.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from datetime import datetime, timezone
 from typing import Any
@@ -20,9 +19,9 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
 from .. import signals
-from ..broker import settling
+from ..broker import settle
 from ..calls import HEADER, decode, encode, eta_here, follower_of, message_call, moment, without_callbacks
-from ..dispatch import publish_all
+from ..dispatch import named_run, publish_all
 from ..endings import Ending, announce_end, announce_outcome, done_once, end_run, tell_caller
 from ..engine import Engine, engine_of
 from ..errors import CoalesceError, QueueFull, StoreUnavailable
@@ -41,8 +40,6 @@ __all__ = ["CoalescedRequest"]
 
 logger = logging.getLogger("celery_coalesce")
 
-#: What ids of records and runs look like; whatever else a message names is no run of ours.
-STATE, RUN = re.compile(r"[a-z2-7]{26}"), re.compile(r"[0-9]{1,20}")
 #: Seconds until a message that met a store that is away is brought to the gate again.
 GATE_AGAIN = 1.0
 
@@ -84,8 +81,8 @@ class CoalescedRequest(ReportingRequest):
             # What is to be done with a revoked or expired run is for the record to say, at the gate.
             return False
         if self not in worker_state.reserved_requests or _is_stopping():
-            # The connection that brought it was lost while it was held, or the pool takes no more: unacknowledged, the
-            # broker brings it again.
+            # The connection that brought it was lost while it was held, or the pool takes no more. The broker brings it
+            # again; if an answer was lost that it was acknowledged, the worker's own sweep has its run dispatched.
             self._release()
             return True
         if presence_of(self.app).store_away:
@@ -127,24 +124,12 @@ class CoalescedRequest(ReportingRequest):
         if self.task.coalesce_refused is not None:
             raise self.task.coalesce_refused
         header = self._request_dict.get(HEADER)
-        envelope = self._envelope(header) if isinstance(header, dict) else None
+        envelope = named_run(header, self.id, self._type)
         if envelope is not None:
             answer = self._start(engine, envelope)
             if answer is not Answer.UNKNOWN:
                 return answer is not Answer.RUNNING
         return self._admit_as_trigger(engine)
-
-    def _envelope(self, header: dict[str, Any]) -> Envelope | None:
-        """Return the run that the message names, ``None`` if what it names can be no run."""
-        state, run = header.get("state"), header.get("run")
-        attempt, version = header.get("attempt"), header.get("version")
-        if not (isinstance(state, str) and isinstance(run, str)):
-            return None
-        if not (isinstance(attempt, int) and isinstance(version, int)):
-            return None
-        if not (STATE.fullmatch(state) and RUN.fullmatch(run)):
-            return None
-        return Envelope(state, run, self.id, self._type, attempt, version, 0, b"", b"")
 
     def _start(self, engine: Engine, envelope: Envelope) -> Answer:
         """Ask for the run's lease, and do what the answer says."""
@@ -152,14 +137,14 @@ class CoalescedRequest(ReportingRequest):
         revoked = self._would_be_revoked()
         if not self._claim:
             self._claim, self._asked_at = new_nonce(), time.monotonic()
-        broker = None if self.task.acks_late else engine.broker
+        late, broker = bool(self.task.acks_late), engine.broker
         started = engine.transitions.start(
             envelope,
             owner=presence.owner,
             claim=self._claim,
-            late=bool(self.task.acks_late),
+            late=late,
             revoked=revoked,
-            receipt=broker.receipt_of(self._message) if broker is not None else None,
+            receipt=broker.receipt_of(self._message) if broker is not None and not late else None,
         )
         answer = started.answer
         if started.lease is not None:
@@ -192,9 +177,9 @@ class CoalescedRequest(ReportingRequest):
         self._decided = True
         bus = self._bus()
         self._lease = lease
-        presence_of(self.app).leased(lease)
+        presence_of(self.app).leased(lease, self)
         if lease.acknowledged:
-            self._on_ack = settling(self._message)
+            settle(self._message)
         request = self._request_dict
         request[HEADER] = lease.as_header(hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at)
         request["ignore_result"] = self._ignore_result = not lease.store
@@ -232,9 +217,7 @@ class CoalescedRequest(ReportingRequest):
         lease = self._lease
         if lease is None:
             return
-        call = message_call({**self._request_dict, **(self._payload[2] or {})})
-        ending = done_once(self.app, self._type, done)
-        tell_caller(self.app, self._type, self.id, {**call, "ignore_result": self._ignore_result}, ending)
+        ending = self._tell_done(done)
         worker_state.task_ready(self)
         self.acknowledge()
         bus = self._bus()
@@ -280,7 +263,7 @@ class CoalescedRequest(ReportingRequest):
         return True
 
     def _accept(self, engine: Engine, policy: Policy, key: str, arguments: tuple[Any, Any]) -> Accepted | Known | None:
-        call = message_call({**self._request_dict, **(self._payload[2] or {})})
+        call = self._call()
         serializer = self.task.serializer
         expires = self._request_dict.get("expires")
         trigger = Trigger(
@@ -306,13 +289,21 @@ class CoalescedRequest(ReportingRequest):
         """Let go of a message whose work another run does, or will do."""
         if accepted.disposition is Disposition.REJECTED:
             self._fail(QueueFull(policy.task, key, int(accepted.run)))
-        elif accepted.run_state is RunState.ENDED:
-            call = message_call({**self._request_dict, **(self._payload[2] or {})})
-            ending = done_once(self.app, self._type, accepted.task_id)
-            tell_caller(self.app, self._type, self.id, {**call, "ignore_result": self._ignore_result}, ending)
-            self._drop(accepted.disposition.value)
-        else:
-            self._drop(accepted.disposition.value)
+            return
+        if accepted.run_state is RunState.ENDED:
+            self._tell_done(accepted.task_id)
+        self._drop(accepted.disposition.value)
+
+    def _call(self) -> dict[str, Any]:
+        """Return what else the message's call was given."""
+        return message_call({**self._request_dict, **(self._payload[2] or {})})
+
+    def _tell_done(self, task_id: str) -> Ending:
+        """Tell the message's caller that another run has done it once and for all."""
+        ending = done_once(self.app, self._type, task_id)
+        call = {**self._call(), "ignore_result": self._ignore_result}
+        tell_caller(self.app, self._type, self.id, call, ending)
+        return ending
 
     # -- what becomes of the message ---------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ class TestAtTheGate:
         site.state.pause()
         worker.signal(signal.SIGCONT)
         # The worker's question waits in the frozen server's socket, and is given up.
-        wait_until(lambda: "waits for the state server" in worker.logs(), 20)
+        wait_until(lambda: worker.logs().count(f"[{result.id}] received") == 2, 20)
         site.state.resume()
         assert result.get(timeout=30) == 2
         assert len(journal.events("start", key="key")) == 1
@@ -248,6 +248,22 @@ class TestAtTheEnd:
         assert second.get(timeout=20) == 2
         assert first.get(timeout=1) == 1
         site.wait_idle()
+        assert_no_overlap(journal.events())
+
+    def test_a_run_is_given_back_later(self, site: Site, journal: Journal) -> None:
+        """Its process was killed, and its task runs again: so it does, as soon as the store knows."""
+        worker = site.worker()
+        result = site.app.tasks["queue_rerun"].delay(journal.key(), 1, gate="a")
+        pid = journal.wait("start", timeout=20)["pid"]
+        site.theirs.cut()
+        os.kill(pid, signal.SIGKILL)
+        journal.record("gone", pid=pid)
+        # It has come back already.
+        wait_until(lambda: worker.logs().count(f"[{result.id}] received") == 2, 20)
+        site.theirs.heal()
+        journal.wait("start", count=2, timeout=30)
+        journal.open("a", 2)
+        assert result.get(timeout=20) == 1
         assert_no_overlap(journal.events())
 
     def test_a_retry_is_reported_later(self, site: Site, journal: Journal) -> None:

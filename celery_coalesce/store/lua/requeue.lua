@@ -1,4 +1,4 @@
--- Waits for the message that the broker gives back.
+-- Waits for the message that the broker gives back, or that the caller publishes anew.
 --
 -- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, held
 -- ARGV: asked (JSON: state, run, token, redispatch)

@@ -3,15 +3,15 @@
 -- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, presence, held, unacked,
 --   unacked_index
 -- ARGV: asked (JSON: state, nonce, run, task_id, task, attempt, version, claim, owner, late, lease, revoked,
---   redispatch, soon and, where the message is acknowledged in the same go, tag; without
---   it the last two keys are not given)
+--   redispatch, soon and, if the message is to be acknowledged, tag: else the last two keys are not given)
 -- Returns: running | expired | revoked | skipped, JSON of the lease (token, session, index, triggers, store, expires in
 --   ms, key, scope, mode (skip if its task is ever called so), labels) and, if there is any of it, changed args, task
 --   id of the run that was done once, what is to be sent; early, ms, what is to be sent; pending, what is to be sent;
 --   carry, call; stop, process and task id and run of each that is to stop, what is to be sent; or duplicate, gone,
 --   unknown
 -- Transition: dispatched | retrying | pending and due -> running
--- Order: the holder's index before the run, so that a running run is always found from its dead holder.
+-- Order: the holder's index before the run, so that a running run is always found from its dead holder; the message
+--   last, when the run is written.
 --# include record
 --# include slots
 --# include cleared
@@ -96,14 +96,15 @@ local function start()
     or (run.once and outliving().done_once(run.task) and 'skipped') or nil
   run.state, run.token, run.owner, run.claim, run.late = 'running', mint(), asked.owner, asked.claim, asked.late
   run.returned, run.unpublished, run.losses, run.message_at, run.unsent = nil, nil, 0, nil, nil
-  if asked.tag and not run.ending then
-    redis.call('HDEL', KEYS[12], asked.tag)
-    redis.call('ZREM', KEYS[13], asked.tag)
-  end
   write_run(run)
   advance(head)
   if #sent > 0 then note_sent(head, asked.claim) else write_head(head) end
   return leased(head, run)
 end
 
-return flush(start())
+local answer = flush(start())
+if asked.tag and answer[1] == 'running' then
+  redis.call('HDEL', KEYS[12], asked.tag)
+  redis.call('ZREM', KEYS[13], asked.tag)
+end
+return answer
