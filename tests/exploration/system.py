@@ -272,6 +272,8 @@ class System:
             state["queue"] += [json.loads(message) for message in db.pop(QUEUE, {})]
             state["db"] = pack(db)
         asked = json.loads(argv[0])
+        if "tag" in asked and reply[0] == b"running":
+            state["workers"][number][2][2] = True
         value = self._value(number, state["producers"][number][0]) if act == "producer" else 0
         self._checks.called(state, script, asked, reply, before, value)
         return reply
