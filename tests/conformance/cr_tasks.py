@@ -34,9 +34,10 @@ def nested(self: CoalescedTask, key: str, calls: int = 0, mode: str = "queue", v
 def trigger_again(meta: RunMeta, sender: CoalescedTask, **_: Any) -> None:
     """Trigger a key that has drained once more."""
     journal, short = journal_of(meta.key)
-    count = len(journal.events("again"))
-    if short == AGAIN and count < TIMES:
-        result = sender.delay(meta.key, count + 1)
+    # Not by what is recorded below: the session that this begins may have drained before, in another process.
+    count = len(journal.events("start", key=AGAIN))
+    if short == AGAIN and count <= TIMES:
+        result = sender.delay(meta.key, count)
         journal.record("again", drained=meta.session_id, disposition=result.disposition)
 
 
