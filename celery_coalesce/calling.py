@@ -261,13 +261,26 @@ class Call:
         """Return the result."""
         if self._result is not None:
             return self._result
-        terms, accepted, own = self.terms, self._answer, self.trigger
-        covered = accepted.disposition in (Disposition.COALESCED, Disposition.SKIPPED) and not self._follows
-        result: CoalescedResult = terms.task.AsyncResult(accepted.task_id if covered else own.task_id)
+        accepted = self._answer
+        if self._follows or accepted.disposition not in (Disposition.COALESCED, Disposition.SKIPPED):
+            return self._described(accepted, self.trigger.task_id)
+        # One run has one result, whichever of these calls it covers: to make one takes longer than the call.
+        ended = accepted.run_state is RunState.ENDED
+        named = (accepted.run, accepted.disposition, ended)
+        result = self.terms.covered.get(named)
+        if result is None:
+            result = self.terms.covered[named] = self._described(accepted, accepted.task_id)
+            if ended:
+                result.done()
+        return result
+
+    def _described(self, accepted: Accepted, task_id: str) -> CoalescedResult:
+        terms, key = self.terms, self.trigger.key
+        result: CoalescedResult = terms.task.AsyncResult(task_id)
         result.ignored = not terms.stores
-        result.described(accepted.disposition, own.key, int(accepted.run), accepted.task_id)
+        result.described(accepted.disposition, key, int(accepted.run), accepted.task_id)
         if accepted.disposition is Disposition.REJECTED:
-            return result.refused(QueueFull(terms.policy.task, own.key, int(accepted.run)))
+            return result.refused(QueueFull(terms.policy.task, key, int(accepted.run)))
         if terms.parent is not None and terms.options.get("add_to_parent", True):
             terms.parent.add_trail(result)
-        return result.done() if covered and accepted.run_state is RunState.ENDED else result
+        return result

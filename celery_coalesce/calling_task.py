@@ -132,9 +132,9 @@ class CallingTask(Task):
             options: What else :meth:`apply_async` takes, except ``task_id``; the same for every call.
 
         Returns:
-            Their results, in their order (``EagerResult`` under ``task_always_eager``). A call that is rejected
-            (``coalesce_overflow="reject"``) raises nothing here: its result has that disposition, and its ``get()``
-            raises ``QueueFull``.
+            Their results, in their order (``EagerResult`` under ``task_always_eager``); calls that join a run have one
+            in common. A call that is rejected (``coalesce_overflow="reject"``) raises nothing here: its result has
+            that disposition, and its ``get()`` raises ``QueueFull``.
 
         Raises:
             InvalidKey: A key is not a non-empty string.

@@ -13,6 +13,8 @@ from .engine import engine_of
 
 if TYPE_CHECKING:
     from .policy import Policy
+    from .result import CoalescedResult
+    from .states import Disposition
 
 __all__ = ["Arguments", "Plain", "Terms", "dumped", "serializer_of"]
 
@@ -58,6 +60,7 @@ class Terms:
         stores: Whether the result is wanted.
         times: Due time and expiry, as a trigger has them.
         watched: Whether anybody would notice ``coalesce_trigger``.
+        covered: The results of calls that join runs, by the run, what became of the call, and whether that had ended.
         can_be_pushed: Whether a message, if a call makes one at once, may be pushed by a script: to this broker, and
             not later.
 
@@ -86,6 +89,7 @@ class Terms:
         self.times = times = self._times()
         self.watched = signals.is_watched(signals.coalesce_trigger, self.engine.producer_bus)
         waits = policy.delay is not None or "delay" in times or "due" in times
+        self.covered: dict[tuple[str, Disposition, bool], CoalescedResult] = {}
         self.can_be_pushed = not (waits or self.is_rpc or "connection" in options)
 
     def _times(self) -> dict[str, int]:

@@ -14,11 +14,12 @@ import pytest
 from celery.signals import before_task_publish
 from kombu.exceptions import OperationalError
 
-from celery_coalesce import Constraint, StoreUnavailable, TriggerMeta, signals
+from celery_coalesce import CoalescedTask, Constraint, StoreUnavailable, TriggerMeta, signals
 from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import StoreError
-from celery_coalesce.records import Accepted, MergeWanted, Trigger
-from celery_coalesce.states import Disposition
+from celery_coalesce.keys import state_id
+from celery_coalesce.records import Accepted, Ended, Envelope, MergeWanted, Trigger
+from celery_coalesce.states import Disposition, Outcome
 from celery_coalesce.transitions.running import MOST_OF_A_KEY
 from tests.integration.driver import Driver, in_order
 from tests.integration.sites import Site, queued
@@ -28,6 +29,7 @@ from tests.support.process import HOST
 from tests.support.proxy import TCPProxy
 from tests.support.servers import ValkeyCluster, ValkeyServer
 
+MakeApp = Callable[..., HarnessApp]
 MakeDriver = Callable[..., Driver]
 
 
@@ -221,8 +223,51 @@ class TestTheStore:
             next(replies)
 
 
+def once(key: str) -> str:
+    """Return what is stored."""
+    return key
+
+
+class TestResults:
+    """What the caller of a batch gets."""
+
+    def test_calls_that_join_a_run_have_one_in_common(self, make_app: MakeApp, journal: Journal) -> None:
+        """But not with those that made it, nor with those of another."""
+        app = make_app()
+        one, other = journal.key("one"), journal.key("other")
+        results = app.tasks["queue"].batch_delay([(one,), (other,), (one,), (one,), (other,)])
+        assert results[2] is results[3]
+        assert len({id(result) for result in results}) == 4
+        assert [result.id for result in results] == [results[position].id for position in (0, 1, 0, 0, 1)]
+        assert [result.disposition for result in results] == ["dispatched"] * 2 + ["coalesced"] * 3
+        assert [result.key for result in results] == [one, other, one, one, other]
+
+    def test_calls_with_callbacks_have_each_its_own(self, make_app: MakeApp, journal: Journal) -> None:
+        """They are completed under ids of their own."""
+        app = make_app()
+        link = app.tasks["collect"].s(key=journal.key("link"))
+        results = app.tasks["queue"].batch_apply_async([((journal.key(),), {})] * 3, link=link)
+        assert len({result.id for result in results}) == 3
+
+    def test_a_run_that_has_ended_is_not_waited_for(self, make_app: MakeApp, journal: Journal) -> None:
+        """Skipped because it was done once, all calls have the value that is stored."""
+        app = make_app(conf={"result_expires": 60})
+        task = app.task(base=CoalescedTask, name="once", coalesce_once=60, coalesce_key="<key>")(once)
+        engine = engine_of(app)
+        first = task.delay(journal.key())
+        state = state_id("once", journal.key())
+        run = Envelope(state, str(first.run_id), first.id, "once", 0, 0, 0, b"", b"")
+        lease = engine.transitions.start(run, owner="w/1/a", claim="c", late=False, revoked=False).lease
+        assert lease is not None
+        app.backend.mark_as_done(first.id, "value")
+        engine.transitions.finish(lease, ended=Ended(Outcome.SUCCEEDED, once=60))
+        results = task.batch_delay([(journal.key(),)] * 3)
+        assert {result.disposition for result in results} == {Disposition.SKIPPED}
+        assert [result.get(timeout=1) for result in results] == ["value"] * 3
+
+
 def test_a_broken_connection_makes_no_second_trigger(
-    make_app: Callable[..., HarnessApp], state_server: ValkeyServer, make_driver: MakeDriver
+    make_app: MakeApp, state_server: ValkeyServer, make_driver: MakeDriver
 ) -> None:
     """All of them ran, and no reply came: all are sent again, and get the same answers."""
     drive = make_driver()
