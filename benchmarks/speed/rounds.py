@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,16 @@ class Spread:
 
 
 def take_turns(rounds: int, parts: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Call each part once in each round, another one first each time; return what they gave."""
+    """Call each part once in each round, in another order each time; return what they gave.
+
+    Whoever comes before leaves its traces in caches and clock rates: up to a fifth of a short call's time.
+    """
+    shuffled = random.Random(rounds)
     names = list(parts)
     found: dict[str, list[T]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    for _ in range(rounds):
+        shuffled.shuffle(names)
+        for name in names:
             found[name].append(parts[name]())
     return found
 
