@@ -252,7 +252,7 @@ class TestResults:
     def test_a_run_that_has_ended_is_not_waited_for(self, make_app: MakeApp, journal: Journal) -> None:
         """Skipped because it was done once, all calls have the value that is stored."""
         app = make_app(conf={"result_expires": 60})
-        task = app.task(base=CoalescedTask, name="once", coalesce_once=60, coalesce_key="<key>")(once)
+        task = app.task(base=CoalescedTask, name="once", coalesce_once=60, coalesce_key="<key>", shared=False)(once)
         engine = engine_of(app)
         first = task.delay(journal.key())
         state = state_id("once", journal.key())
