@@ -156,9 +156,11 @@ class WorkerPresence(ProcessPresence):
                     lease.task,
                     extra={"action": "dropped_lease", "run_id": lease.run, "task_id": lease.task_id},
                 )
-                self._waiting.pop(ref, None)
                 engine = engine_of(self._app)
-                publish_all(engine, engine.transitions.requeue(lease) or ())
+                sent = engine.transitions.requeue(lease)
+                # Not before: the store may be away, as the broker was.
+                self._waiting.pop(ref, None)
+                publish_all(engine, sent or ())
 
     def _give_up_unknown(self) -> None:
         """Have dispatched again what this process holds and knows nothing of: the answer that gave it was lost.

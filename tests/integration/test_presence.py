@@ -13,6 +13,7 @@ import pytest
 from celery.exceptions import WorkerLostError
 from celery.worker import state as worker_state
 
+from celery_coalesce import StoreUnavailable
 from celery_coalesce.engine import engine_of
 from celery_coalesce.keys import state_id
 from celery_coalesce.records import Envelope, Lease
@@ -118,6 +119,22 @@ class TestDroppedByThePool:
         self.drop(presence, leases[0], SimpleNamespace(_payload=b"", _write_to=None))
         assert self.state(app, leases[0]) == RunState.DISPATCHED
         assert self.state(app, leases[1]) == RunState.RUNNING
+
+    def test_it_is_tried_again_while_the_store_is_away(
+        self, app: HarnessApp, presence: WorkerPresence, leases: list[Lease], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As it may be together with the broker."""
+        transitions = engine_of(app).transitions
+
+        def away(lease: Lease) -> None:
+            raise StoreUnavailable("made up")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(transitions, "requeue", away)
+            with pytest.raises(StoreUnavailable):
+                self.drop(presence, leases[0], SimpleNamespace(_payload=b"", _write_to=None))
+        presence._reconcile()
+        assert self.state(app, leases[0]) == RunState.DISPATCHED
 
     def test_what_a_child_has_is_watched(
         self, app: HarnessApp, presence: WorkerPresence, leases: list[Lease], monkeypatch: pytest.MonkeyPatch
