@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from .engine import Engine
-    from .records import Sent
+    from .records import Lease, Sent
 
-__all__ = ["named_run", "publish_all", "run_header"]
+__all__ = ["dispatch_again", "named_run", "publish_all", "run_header"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -87,6 +87,15 @@ def publish_all(engine: Engine, sent: Iterable[Sent]) -> None:
                 exc_info=True,
                 extra={"action": "advance_failed", "state_id": each.state},
             )
+
+
+def dispatch_again(engine: Engine, lease: Lease) -> None:
+    """Have a run wait for another message, and publish that: its body has not begun, or it is to run again.
+
+    Raises:
+        StoreUnavailable: The run goes on being this lease's; call again.
+    """
+    publish_all(engine, engine.transitions.requeue(lease) or ())
 
 
 def _published(engine: Engine, envelope: Envelope) -> Iterable[Sent]:

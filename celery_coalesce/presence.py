@@ -21,7 +21,7 @@ from celery.exceptions import WorkerLostError
 
 from . import signals
 from .calls import decode
-from .dispatch import publish_all
+from .dispatch import dispatch_again, publish_all
 from .endings import (
     Ending,
     announce_drain,
@@ -235,11 +235,17 @@ class ProcessPresence:
             self._unreported.popleft()
 
     def _reconcile(self) -> None:
-        """End leases that no body has any more, and whose end nobody has reported."""
-        known = dict(self._leases)
-        if not known:
-            return
-        held = engine_of(self._app).transitions.all_held(self.owner)
+        """Compare the leases that this process knows with those that hang from it."""
+        if known := dict(self._leases):
+            self._compare(known, engine_of(self._app).transitions.all_held(self.owner))
+
+    def _compare(self, known: dict[str, tuple[Lease, int | None]], held: set[str]) -> None:
+        """Forget leases that have ended, and end those that no body has any more, and whose end nobody has reported.
+
+        Args:
+            known: What was known before it was asked what is held.
+            held: What hangs from this process.
+        """
         for ref, each in known.items():
             with self._leases_guard:
                 # The next attempt of a run has the same name, and may have come meanwhile.
@@ -271,7 +277,7 @@ class ProcessPresence:
         )
         ending = stored_ending(self._app, lease.task, lease.task_id)
         if ending is None and again and task is not None and task.acks_late:
-            publish_all(engine, engine.transitions.requeue(lease) or ())
+            dispatch_again(engine, lease)
             return
         if ending is None:
             lost = LeaseLost if lease.task in PLAIN else WorkerLostError

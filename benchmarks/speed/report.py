@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks.speed.rounds import Spread, ratios
 
-OTHERS = ("celery-once", "celery-singleton", "celery-heimdall")
 PACKAGES = (
     "celery-coalesce",
     "celery",

@@ -14,7 +14,7 @@ from celery import states
 from celery.exceptions import Reject, Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker.request import Request
 
-from ..dispatch import publish_all
+from ..dispatch import dispatch_again
 from ..endings import SUPERSEDED, Ending, announce_outcome, end_run, stored_ending
 from ..engine import Engine, engine_of
 from ..errors import StoreUnavailable, Superseded
@@ -145,7 +145,7 @@ class ReportingRequest(Request):
             engine.transitions.requeue(lease)
         except StoreUnavailable:
             # The message comes back all the same, and is a duplicate until then.
-            presence_of(self.app).report_later(lambda: publish_all(engine, engine.transitions.requeue(lease) or ()))
+            presence_of(self.app).report_later(lambda: dispatch_again(engine, lease))
         super().reject(requeue=True)
 
     def _end_killed(self, error: BaseException) -> None:
@@ -158,7 +158,7 @@ class ReportingRequest(Request):
         if isinstance(error, Terminated) and self._already_cancelled and self.task.acks_late:
             # The connection was lost, and the broker gives the message back; whether before or after this, nobody
             # knows.
-            self._report(lambda: publish_all(engine, engine.transitions.requeue(lease) or ()))
+            self._report(lambda: dispatch_again(engine, lease))
             return
         if isinstance(error, Reject):
             ending = self._untold(error)

@@ -13,7 +13,7 @@ from celery import bootsteps
 from celery.signals import worker_shutdown
 from celery.worker import state as worker_state
 
-from ..dispatch import publish_all
+from ..dispatch import dispatch_again, publish_all
 from ..engine import engine_of
 from ..errors import CoalesceError, StoreUnavailable
 from ..plain import PLAIN
@@ -122,16 +122,19 @@ class WorkerPresence(ProcessPresence):
         engine = engine_of(self._app)
         for lease, pid in list(self._leases.values()):
             if pid is None:
-                sent = engine.transitions.requeue(lease)
+                # A message that is not acknowledged is given back by the broker.
                 if lease.acknowledged:
-                    # Any other message is given back by the broker.
-                    publish_all(engine, sent or ())
+                    dispatch_again(engine, lease)
+                else:
+                    engine.transitions.requeue(lease)
         super()._goodbye()
 
     def _reconcile(self) -> None:
-        super()._reconcile()
+        known = dict(self._leases)
+        held = engine_of(self._app).transitions.all_held(self.owner)
+        self._compare(known, held)
         self._see_to_dropped()
-        self._give_up_unknown()
+        self._give_up_unknown(held)
 
     def _see_to_dropped(self) -> None:
         """See to what the pool had not accepted when the broker's connection was lost.
@@ -158,11 +161,11 @@ class WorkerPresence(ProcessPresence):
                 )
                 engine = engine_of(self._app)
                 sent = engine.transitions.requeue(lease)
-                # Not before: the store may be away, as the broker was.
+                # Not before: the store may be away, as the broker was. Nor later: the run may come back to this worker.
                 self._waiting.pop(ref, None)
                 publish_all(engine, sent or ())
 
-    def _give_up_unknown(self) -> None:
+    def _give_up_unknown(self, held: set[str]) -> None:
         """Have dispatched again what this process holds and knows nothing of: the answer that gave it was lost.
 
         The gate asks again for the message that it has, and gets the same answer; this is for one that is gone: back to
@@ -171,7 +174,7 @@ class WorkerPresence(ProcessPresence):
         engine = engine_of(self._app)
         transitions = engine.transitions
         unknown: dict[str, float] = {}
-        for ref in transitions.all_held(self.owner) - self._leases.keys():
+        for ref in held - self._leases.keys():
             lease = transitions.lease_of(ref, self.owner)
             if lease is None or lease.task in PLAIN:
                 continue
@@ -184,7 +187,7 @@ class WorkerPresence(ProcessPresence):
                     lease.task,
                     extra={"action": "unknown_lease", "run_id": lease.run, "task_id": lease.task_id},
                 )
-                publish_all(engine, transitions.requeue(lease) or ())
+                dispatch_again(engine, lease)
         self._unknown = unknown
 
     def _see_to_bodiless(self, held: dict[str, tuple[Lease, int | None]]) -> None:

@@ -123,8 +123,7 @@ class CoalescedRequest(ReportingRequest):
     def _admit(self, engine: Engine) -> bool:
         if self.task.coalesce_refused is not None:
             raise self.task.coalesce_refused
-        header = self._request_dict.get(HEADER)
-        envelope = named_run(header, self.id, self._type)
+        envelope = named_run(self._request_dict.get(HEADER), self.id, self._type)
         if envelope is not None:
             answer = self._start(engine, envelope)
             if answer is not Answer.UNKNOWN:

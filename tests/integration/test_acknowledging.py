@@ -11,8 +11,9 @@ import pytest
 import redis
 
 from celery_coalesce.broker import settle
+from celery_coalesce.dispatch import named_run
 from celery_coalesce.engine import engine_of
-from celery_coalesce.records import Envelope, Lease, Receipt
+from celery_coalesce.records import Lease, Receipt
 from celery_coalesce.states import Answer
 from celery_coalesce.worker.presence import WorkerPresence
 from tests.support.app import HarnessApp
@@ -63,8 +64,8 @@ def is_kept(app: HarnessApp, receipt: Receipt) -> bool:
 
 def start(app: HarnessApp, message: Any, receipt: Receipt | None, claim: str = "c", **given: Any) -> Any:
     headers = message.headers
-    named = headers["coalesce"]
-    envelope = Envelope(named["state"], named["run"], headers["id"], headers["task"], 0, 0, 0, b"", b"")
+    envelope = named_run(headers["coalesce"], headers["id"], headers["task"])
+    assert envelope is not None
     asked: dict[str, Any] = {"owner": "w/1/a", "claim": claim, "late": False, "revoked": False, **given}
     return engine_of(app).transitions.start(envelope, receipt=receipt, **asked)
 
@@ -232,9 +233,7 @@ class TestAWorker:
             app.tasks["queue"].delay(journal.key(str(n)), n).get(timeout=20)
         wait_until(lambda: "restored to the maximum" in worker.logs(), 10)
 
-    def test_fetches_no_more_than_it_may(
-        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal, state_server: ValkeyServer
-    ) -> None:
+    def test_fetches_no_more_than_it_may(self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
         """What stands in the queue of a pool's threads is not done with, though the broker has let go of it."""
         app = make_app()
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(8)]
