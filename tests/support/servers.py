@@ -130,7 +130,8 @@ class _SentinelProcess(ValkeyServer):
                 f"port {self.port}",
                 f"dir {self.directory}",
                 f"sentinel monitor {name} {HOST} {self._master.port} 1",
-                f"sentinel down-after-milliseconds {name} 500",
+                # Longer than a busy machine keeps a server from answering: while it is "down", nobody finds it.
+                f"sentinel down-after-milliseconds {name} 2000",
                 f"sentinel failover-timeout {name} 3000",
             ]
             if self._master.password:
