@@ -1,20 +1,15 @@
-"""The broker, where it is the Redis that holds the records: what else scripts do in the same go.
+"""Pushing messages within a transition, where the broker is the Redis that holds the records.
 
-**Pushing.** Publishing is one ``LPUSH``. Kombu's own code makes the message and is watched for what it would push; the
+There, publishing is one ``LPUSH``. Kombu's own code makes the message and is watched for what it would push; the
 script that accepts the call pushes that if it dispatches the run, and else does not: one round trip, and nothing to be
 killed in between. A message that is made for a call which then coalesces is work for nothing, so a process remembers
 for a moment which keys were busy, and asks without one for those. Being wrong costs no more than the message, or a
 second round trip.
 
-**Acknowledging.** A run that starts needs its message no more, unless its task is acknowledged late. The script that
-gives it the lease takes the message out of what kombu keeps of unacknowledged ones. Kombu's count of them in this
-process, which bounds what it fetches, is left to Celery: it goes down when the pool has taken the run.
-
 Relied on are, of kombu (5.5-5.7), in transport.redis ``Channel.conn_or_acquire``, ``pool``, ``global_keyprefix`` and
-``_expires``, and the ``LPUSH`` of ``Channel._put``; ``QoS.ack``, which removes a message from ``Channel.unacked_key``
-and ``unacked_index_key``, and the ``QoS.ack`` of transport.virtual beneath it; and ``ack`` and ``_state`` of messages.
-Whatever they do otherwise (fanout, several queues, queues that expire, another transport or server) is left to kombu.
-Its transport is imported late: it needs redis-py, which other brokers do without.
+``_expires``, and the ``LPUSH`` of ``Channel._put``. Whatever it does otherwise (fanout, several queues, queues that
+expire, another transport or server) is left to kombu. Its transport is imported late: it needs redis-py, which other
+brokers do without.
 """
 
 from __future__ import annotations
@@ -28,14 +23,13 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery.signals import after_task_publish, before_task_publish, task_sent
-from kombu.transport import virtual
 
-from .records import Push, Receipt
+from .records import Push
 
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["Broker", "settle"]
+__all__ = ["Broker"]
 
 logger = logging.getLogger("celery_coalesce")
 
@@ -46,24 +40,12 @@ BUSY_FOR, MOST_BUSY = 1.0, 10_000
 DECLARING = frozenset({"sadd", "smembers", "exists", "pipeline"})
 
 
-def settle(message: Any) -> None:
-    """Leave to a message's ``ack`` what is to be done in this process once a script has acknowledged it."""
-    qos = message.channel.qos
-
-    def ack(multiple: bool = False) -> None:
-        virtual.QoS.ack(qos, message.delivery_tag)
-        message._state = "ACK"
-
-    # Called by its ack_log_error (kombu.message, 5.5-5.7), which Celery has made a promise of, with more to come after.
-    message.ack = ack
-
-
 class _UnpushableError(Exception):
     """Publishing this message is something else than one push."""
 
 
 class Broker:
-    """The broker, where scripts may use it: what publishing would push, and what acknowledging would remove.
+    """The broker, where scripts may push to it.
 
     Args:
         store: The server that is the broker as well.
@@ -105,7 +87,7 @@ class Broker:
         """
         run = token_hex(8)
         try:
-            if not self._leads_here(producer.channel):
+            if not self.is_behind(producer.channel):
                 return None
             with _recording(producer.channel) as pushed:
                 publish(run)
@@ -119,24 +101,12 @@ class Broker:
         before, found, after = message.partition(run)
         return Push(queue, before, after) if found else None
 
-    # -- acknowledging -----------------------------------------------------------------------------------------------
-
-    def receipt_of(self, message: Any) -> Receipt | None:
-        """Return what acknowledging a message would remove, ``None`` if that is not for a script to do.
+    def is_behind(self, channel: Any) -> bool:
+        """Return whether a channel of kombu's leads to the very database that holds the records.
 
         Raises:
             StoreUnavailable: The server can not be reached.
         """
-        from kombu.transport.redis import QoS
-
-        channel = message.channel
-        if not self._leads_here(channel) or type(channel.qos).ack is not QoS.ack:
-            return None
-        prefix = channel.global_keyprefix
-        unacked, index = f"{prefix}{channel.unacked_key}", f"{prefix}{channel.unacked_index_key}"
-        return Receipt(unacked, index, message.delivery_tag)
-
-    def _leads_here(self, channel: Any) -> bool:
         here = self._here.get(channel)
         if here is None:
             from kombu.transport.redis import Channel

@@ -89,7 +89,7 @@ def engine_of(app: Celery) -> Engine:
         )
         tells = bool(app.conf.task_send_sent_event)
         store = connect(app, settings)
-        broker = Broker(store, tells=tells) if store.is_broker and settings.broker_by_script else None
+        broker = Broker(store, tells=tells) if store.is_broker and settings.broker_shortcuts else None
         bus = EventBus(app, settings.events and tells)
         engine = Engine(app, settings, Transitions(store, timing), bus, broker)
         app.__dict__[_ATTRIBUTE] = engine

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["install"]
 
 PRESENCE = "celery_coalesce.worker.presence:Presence"
+WAKEUPS = "celery_coalesce.worker.wakeups:Wakeups"
 
 
 def install(app: Celery) -> None:
     """Install the bootstep in an app, and the reporters in this process."""
     app.steps["worker"].add(PRESENCE)
+    app.steps["consumer"].add(WAKEUPS)
     from . import reports
 
     for signal, handler in (

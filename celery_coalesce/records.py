@@ -28,7 +28,6 @@ __all__ = [
     "MergeWanted",
     "Overdue",
     "Push",
-    "Receipt",
     "RolledBack",
     "Sent",
     "Started",
@@ -62,16 +61,6 @@ class Push(NamedTuple):
     #: The message, without the run's id between the two.
     before: str
     after: str
-
-
-class Receipt(NamedTuple):
-    """What the broker keeps of a message until it is acknowledged."""
-
-    #: The hash of such messages, and the zset of when they were delivered.
-    unacked: str
-    unacked_index: str
-    #: The message's name in both.
-    tag: str
 
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -222,8 +211,8 @@ class Lease(NamedTuple):
     monitored: bool = False
     #: The monotonic clock of the machine when the lease was asked for, in seconds: it was given no earlier.
     leased_at: float = 0.0
-    #: Whether the message was acknowledged in the same go.
-    acknowledged: bool = False
+    #: Whether the broker has not kept the message, and does not give it back.
+    unkept: bool = False
 
     @property
     def began(self) -> bool:
@@ -242,7 +231,7 @@ class Lease(NamedTuple):
             more: Fields that only the child's lease has.
         """
         header = {**self._asdict(), **more}
-        del header["args"], header["acknowledged"]
+        del header["args"], header["unkept"]
         return header
 
     @classmethod

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "coalesce_on_outage": Outage.RAISE.value,
     "coalesce_wait_replicas": 0,
     "coalesce_events": True,
-    "coalesce_broker_by_script": True,
+    "coalesce_broker_shortcuts": True,
 }
 
 
@@ -44,8 +44,8 @@ class Settings:
     #: How many replicas must have a change of the state before anybody acts on it.
     wait_replicas: int
     events: bool
-    #: Whether scripts push and acknowledge messages, where the broker is the server that holds the records.
-    broker_by_script: bool
+    #: Whether scripts push messages where the broker is the server that holds the records, and wake-ups are not kept.
+    broker_shortcuts: bool
 
     @classmethod
     def of(cls, app: Celery) -> Settings:
@@ -71,7 +71,7 @@ class Settings:
             on_outage=_outage(given["coalesce_on_outage"]),
             wait_replicas=_count("coalesce_wait_replicas", given["coalesce_wait_replicas"]),
             events=_flag("coalesce_events", given["coalesce_events"]),
-            broker_by_script=_flag("coalesce_broker_by_script", given["coalesce_broker_by_script"]),
+            broker_shortcuts=_flag("coalesce_broker_shortcuts", given["coalesce_broker_shortcuts"]),
         )
 
 

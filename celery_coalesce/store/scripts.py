@@ -37,7 +37,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "trigger": RECORD,
     "publish": (*RECORD, "queue"),
     "admit": (*RECORD, "seen"),
-    "start": (*RECORD, "presence", "held", "unacked", "unacked_index"),
+    "start": (*RECORD, "presence", "held"),
     "check": RECORD,
     "finish": (*RECORD, "held", "drains", "history"),
     "retry": (*RECORD, "held"),

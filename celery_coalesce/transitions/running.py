@@ -19,7 +19,6 @@ from ..records import (
     Known,
     Lease,
     MergeWanted,
-    Receipt,
     RolledBack,
     Sent,
     Started,
@@ -219,7 +218,7 @@ class Running(Base):
         claim: str,
         late: bool,
         revoked: bool,
-        receipt: Receipt | None = None,
+        unkept: bool = False,
     ) -> Started:
         """Ask for a run's lease.
 
@@ -229,7 +228,7 @@ class Running(Base):
             claim: This question's own id: repeated, it gets the same answer.
             late: Whether the task is acknowledged late, and so runs again if its worker dies.
             revoked: Whether the worker knows the run to be revoked.
-            receipt: Of the message, if it is to be acknowledged should the run start.
+            unkept: Whether the broker does not keep the message, so that nobody else brings it again.
         """
         state = envelope.state
         names = self.store.names
@@ -248,9 +247,6 @@ class Running(Base):
         if revoked:
             asked["revoked"] = True
         keys = (*names.record(state), names.presence, names.held(owner))
-        if receipt is not None:
-            *kept, asked["tag"] = receipt
-            keys = (*keys, *kept)
         told, *more = self._call("start", keys, state, asked)
         answer = _ANSWERS[as_text(told)]
         if answer in _LEASED:
@@ -264,7 +260,7 @@ class Running(Base):
                 owner=owner,
                 answer=answer.value,
                 args=as_blob(changed),
-                acknowledged=receipt is not None and answer is Answer.RUNNING,
+                unkept=unkept and answer is Answer.RUNNING,
                 **json.loads(as_text(leased)),
             )
             return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))

@@ -122,8 +122,8 @@ class WorkerPresence(ProcessPresence):
         engine = engine_of(self._app)
         for lease, pid in list(self._leases.values()):
             if pid is None:
-                # A message that is not acknowledged is given back by the broker.
-                if lease.acknowledged:
+                # A message that the broker keeps is given back by it.
+                if lease.unkept:
                     dispatch_again(engine, lease)
                 else:
                     engine.transitions.requeue(lease)
@@ -169,7 +169,7 @@ class WorkerPresence(ProcessPresence):
         """Have dispatched again what this process holds and knows nothing of: the answer that gave it was lost.
 
         The gate asks again for the message that it has, and gets the same answer; this is for one that is gone: back to
-        the broker, or acknowledged by the script. No body has begun.
+        the broker, or not kept by it. No body has begun.
         """
         engine = engine_of(self._app)
         transitions = engine.transitions

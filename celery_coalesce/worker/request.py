@@ -19,7 +19,6 @@ from celery.utils.saferepr import saferepr
 from celery.worker import state as worker_state
 
 from .. import signals
-from ..broker import settle
 from ..calls import HEADER, decode, encode, eta_here, follower_of, message_call, moment, without_callbacks
 from ..dispatch import named_run, publish_all
 from ..endings import Ending, announce_end, announce_outcome, done_once, end_run, tell_caller
@@ -35,6 +34,7 @@ from ..triggering import Asking, accept, report
 from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
 from .presence import presence_of
+from .wakeups import is_unkept, keep, spend
 
 __all__ = ["CoalescedRequest"]
 
@@ -136,14 +136,13 @@ class CoalescedRequest(ReportingRequest):
         revoked = self._would_be_revoked()
         if not self._claim:
             self._claim, self._asked_at = new_nonce(), time.monotonic()
-        late, broker = bool(self.task.acks_late), engine.broker
         started = engine.transitions.start(
             envelope,
             owner=presence.owner,
             claim=self._claim,
-            late=late,
+            late=bool(self.task.acks_late),
             revoked=revoked,
-            receipt=broker.receipt_of(self._message) if broker is not None and not late else None,
+            unkept=is_unkept(self._message),
         )
         answer = started.answer
         if started.lease is not None:
@@ -177,8 +176,8 @@ class CoalescedRequest(ReportingRequest):
         bus = self._bus()
         self._lease = lease
         presence_of(self.app).leased(lease, self)
-        if lease.acknowledged:
-            settle(self._message)
+        if lease.unkept:
+            spend(self._message)
         request = self._request_dict
         request[HEADER] = lease.as_header(hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at)
         request["ignore_result"] = self._ignore_result = not lease.store
@@ -231,6 +230,9 @@ class CoalescedRequest(ReportingRequest):
         """
         if self._would_be_revoked():
             return self._leave_to_celery()
+        if is_unkept(self._message):
+            # It is the only copy of what it asks for.
+            keep(self._message)
         policy: Policy = self.task.coalesce_policy
         arguments = (list(self._args), dict(self._kwargs))
         key = policy.key(*arguments) if self._fits(arguments) else None

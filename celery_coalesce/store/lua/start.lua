@@ -1,9 +1,8 @@
 -- Gives a run its lease, or says why not.
 --
--- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, presence, held, unacked,
---   unacked_index
+-- KEYS: record, waiting, meta, timers, kept, limits, slots, lines, resting, presence, held
 -- ARGV: asked (JSON: state, nonce, run, task_id, task, attempt, version, claim, owner, late, lease, revoked,
---   redispatch, soon and, if the message is to be acknowledged, tag: else the last two keys are not given)
+--   redispatch, soon)
 -- Returns: running | expired | revoked | skipped, JSON of the lease (token, session, index, triggers, store, expires in
 --   ms, key, scope, mode (skip if its task is ever called so), labels) and, if there is any of it, changed args, task
 --   id of the run that was done once, what is to be sent; early, ms, what is to be sent; pending, what is to be sent;
@@ -102,9 +101,4 @@ local function start()
   return leased(head, run)
 end
 
-local answer = flush(start())
-if asked.tag and answer[1] == 'running' then
-  redis.call('HDEL', KEYS[12], asked.tag)
-  redis.call('ZREM', KEYS[13], asked.tag)
-end
-return answer
+return flush(start())
