@@ -29,7 +29,7 @@ from ..errors import StoreUnavailable
 if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
 
-__all__ = ["Wakeups", "is_unkept", "keep", "spend"]
+__all__ = ["Wakeups", "is_unkept", "keep", "may_spare", "spare", "spend"]
 
 
 class Wakeups(bootsteps.StartStopStep):
@@ -42,8 +42,21 @@ class Wakeups(bootsteps.StartStopStep):
         channel, engine = consumer.task_consumer.channel, engine_of(consumer.app)
         # Its connection is the next to notice that the server is away.
         with contextlib.suppress(StoreUnavailable):
-            if engine.broker is not None and engine.broker.is_behind(channel):
+            if may_spare(engine, channel):
                 spare(engine, channel)
+
+
+def may_spare(engine: Engine, channel: Any) -> bool:
+    """Return whether a channel keeps what it delivers, and does so in the very database that holds the records.
+
+    Raises:
+        StoreUnavailable: The server can not be reached.
+    """
+    if engine.broker is None or not engine.broker.is_behind(channel):
+        return False
+    from kombu.transport.redis import QoS
+
+    return isinstance(channel.qos, QoS)
 
 
 def spare(engine: Engine, channel: Any) -> None:

@@ -24,7 +24,7 @@ class Setup:
         ends: How bodies end: by the attempt, the last one for all others.
         follows: Whether the callers bring task ids of their own.
         record: Whether the record's own invariants are looked at, too.
-        by_script: Whether scripts push messages and acknowledge them.
+        shortcuts: Whether scripts push messages, and the broker keeps none that a worker has.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Setup:
     ends: tuple[str, ...] = ("",)
     follows: bool = False
     record: bool = True
-    by_script: bool = False
+    shortcuts: bool = False
 
 
 #: What may go wrong with processes and messages; clocks that go wrong make ten times as many states.
@@ -51,7 +51,7 @@ BOUNDED = {
     "queue, a stall and a lost reply": Setup(
         producers=(1,), workers=1, faults=2, kinds=("worker stalls", "reply lost")
     ),
-    "queue, by scripts": Setup(faults=1, kinds=PARTS, by_script=True),
+    "queue, in short ways": Setup(faults=1, kinds=PARTS, shortcuts=True),
     "serialize": Setup({"coalesce": "serialize"}, faults=1, kinds=PARTS),
     "serialize, three producers": Setup({"coalesce": "serialize"}, producers=(1, 1, 1)),
     "skip": Setup({"coalesce": "skip"}, faults=1, kinds=PARTS),

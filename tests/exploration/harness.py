@@ -52,7 +52,7 @@ def explored(setup: Setup, *, mutate: Mutate = lambda name, text: text, most: in
     began = time.monotonic()
     with ValkeyServer() as server, on_stage(), _undisturbed():
         client = redis.Redis(unix_socket_path=str(server.unix_socket), protocol=2)
-        acts = Acts(make_app({"key": "k", "by_script": setup.by_script, **setup.options}))
+        acts = Acts(make_app({"key": "k", "shortcuts": setup.shortcuts, **setup.options}))
         system = System(setup, acts, Snapshots(client, NAMES, mutate))
         graph = explore(system.start(), system.steps, most)
         client.close()

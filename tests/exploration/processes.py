@@ -33,7 +33,7 @@ from celery_coalesce.broker import Broker
 from celery_coalesce.engine import Engine
 from celery_coalesce.keys import Names
 from celery_coalesce.presence import WORKER_PRESENCE
-from celery_coalesce.records import Push, Receipt, Timing
+from celery_coalesce.records import Push, Timing
 from celery_coalesce.settings import Settings
 from celery_coalesce.signals import EventBus, coalesce_drain
 from celery_coalesce.transitions import Transitions
@@ -166,7 +166,7 @@ class EffectBackend(BaseBackend):
 
 
 class StageBroker(Broker):
-    """Has scripts push and acknowledge messages; remembers nothing, so that a process is what its log says."""
+    """Has scripts push messages; remembers nothing, so that a process is what its log says."""
 
     def push_of(self, producer: Any, publish: Callable[[str], Any]) -> Push:
         """Return what publishing would put into the queue."""
@@ -179,10 +179,6 @@ class StageBroker(Broker):
     def was_busy(self, state: str) -> bool:
         """Return that it was not."""
         return False
-
-    def receipt_of(self, message: Any) -> Receipt:
-        """Return what is never there: whether the message is acknowledged the system's state says."""
-        return Receipt(*(NAMES.meta.replace("meta", key) for key in ("unacked", "unacked_index")), "tag")
 
 
 def _publish(producer: Any, name: str, message: Any, **options: Any) -> None:
@@ -239,7 +235,6 @@ def on_stage() -> Iterator[None]:
             return f"{STAGE.act} {STAGE.name}"
 
         stack.enter_context(mock.patch("celery_coalesce.endings._this_process", who))
-        stack.enter_context(mock.patch("celery_coalesce.worker.request.settle"))
         coalesce_drain.connect(heard, weak=False, dispatch_uid="exploration")
         stack.callback(coalesce_drain.disconnect, dispatch_uid="exploration")
         yield
@@ -253,7 +248,7 @@ def make_app(options: dict[str, Any]) -> Any:
     app.amqp.__dict__["send_task_message"] = _publish
     app.producer_or_acquire = _producer
     store = EffectStore()
-    broker = StageBroker(store) if options.pop("by_script", False) else None
+    broker = StageBroker(store) if options.pop("shortcuts", False) else None
     engine = Engine(app, Settings.of(app), Transitions(store, Timing()), EventBus(app, False), broker)
     app.__dict__["_celery_coalesce_engine"] = engine
 

@@ -268,7 +268,7 @@ dies:
   atomic {
     if :: mail != NO -> hand[mail]-- :: else fi;
     if :: drained -> announcing-- :: else fi;
-    if :: !acked -> msgs[r]++ :: else fi;             /* the broker gives back what was not acknowledged */
+    if :: !acked -> msgs[r]++ :: true fi;             /* the broker may have kept what was not acknowledged */
     body[w] = false; dead[w] = true; over[w] = true; mine = 0; mail = NO; acked = false; drained = false; r = 0
   };
   atomic { holds_nothing(w) -> bury(w); goto end_idle }

@@ -272,8 +272,6 @@ class System:
             state["queue"] += [json.loads(message) for message in db.pop(QUEUE, {})]
             state["db"] = pack(db)
         asked = json.loads(argv[0])
-        if "tag" in asked and reply[0] == b"running":
-            state["workers"][number][2][2] = True
         value = self._value(number, state["producers"][number][0]) if act == "producer" else 0
         self._checks.called(state, script, asked, reply, before, value)
         return reply
@@ -344,9 +342,9 @@ class System:
         state["producers"][number] = [0, 0, None]
 
     def _kill_worker(self, state: dict[str, Any], number: int) -> None:
-        """Kill a worker and its child; another one is started."""
+        """Kill a worker and its child; another one is started. Its message goes back, if the broker has kept it."""
         _, _, main, _ = state["workers"][number]
-        if not main[2]:
+        if not (main[2] or self._setup.shortcuts):
             state["queue"].append(main[1])
         state["workers"][number] = [self._appears(state), False, None, None]
 

@@ -1,0 +1,398 @@
+"""Messages that a worker alone has, and the broker does not keep: those that only wake it for a run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import redis
+
+from celery_coalesce.dispatch import named_run
+from celery_coalesce.engine import engine_of
+from celery_coalesce.records import Lease
+from celery_coalesce.states import Answer
+from celery_coalesce.worker.presence import WorkerPresence
+from celery_coalesce.worker.wakeups import is_unkept, keep, may_spare, spare, spend
+from tests.support.app import HarnessApp
+from tests.support.journal import Journal
+from tests.support.process import wait_until
+from tests.support.servers import ValkeyServer
+from tests.support.worker import WorkerProcess
+
+#: By what each supported version of kombu does.
+pytestmark = pytest.mark.core
+
+MakeApp = Callable[..., HarnessApp]
+MakeWorker = Callable[..., WorkerProcess]
+
+PREFIX = "p:"
+KEPT = ("unacked", "unacked_index")
+
+
+@pytest.fixture(params=["", PREFIX], ids=["plain", "prefixed"])
+def app(make_app: MakeApp, request: pytest.FixtureRequest) -> HarnessApp:
+    """An app whose broker is its state server, and puts a prefix before names or none."""
+    return make_app(conf={"broker_transport_options": {"global_keyprefix": request.param}} if request.param else {})
+
+
+@contextmanager
+def consuming(app: HarnessApp) -> Iterator[Any]:
+    """Give a channel as a worker consumes from it."""
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        if may_spare(engine_of(app), channel):
+            spare(engine_of(app), channel)
+        yield channel
+
+
+def delivered(app: HarnessApp, channel: Any) -> Any:
+    """Return the oldest message, delivered."""
+    message = channel.basic_get(app.conf.task_default_queue)
+    assert message is not None
+    return message
+
+
+def waiting(app: HarnessApp) -> list[Any]:
+    """Return the messages in the queue, the next one first."""
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        found = []
+        while (message := channel.basic_get(app.conf.task_default_queue, no_ack=True)) is not None:
+            found.append(message)
+        return found
+
+
+def keeps(app: HarnessApp, channel: Any) -> int:
+    """Return how many messages the broker keeps: in both places."""
+    unacked, index = (channel.global_keyprefix + name for name in KEPT)
+    client = client_of(app)
+    numbers = {client.hlen(unacked), client.zcard(index)}
+    assert len(numbers) == 1
+    return cast("int", numbers.pop())
+
+
+def client_of(app: HarnessApp) -> redis.Redis:
+    return cast("redis.Redis", engine_of(app).transitions.store._connected())  # type: ignore[attr-defined]
+
+
+def start(app: HarnessApp, message: Any, claim: str = "c", **given: Any) -> Any:
+    headers = message.headers
+    envelope = named_run(headers["coalesce"], headers["id"], headers["task"])
+    assert envelope is not None
+    asked: dict[str, Any] = {"owner": "w/1/a", "claim": claim, "late": False, "revoked": False, **given}
+    return engine_of(app).transitions.start(envelope, **asked)
+
+
+class TestAWakeup:
+    def test_is_not_kept(self, app: HarnessApp, journal: Journal) -> None:
+        app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            message = delivered(app, channel)
+            assert is_unkept(message)
+            assert keeps(app, channel) == 0
+            spend(message)
+            message.ack()
+        assert waiting(app) == []
+
+    def test_counts_until_it_is_acknowledged(self, app: HarnessApp, journal: Journal) -> None:
+        """As any message does, for what may be fetched."""
+        app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            channel.basic_qos(0, 1, False)
+            message = delivered(app, channel)
+            assert not channel.qos.can_consume()
+            spend(message)
+            assert not channel.qos.can_consume()
+            message.ack_log_error("logger", ())
+            assert message.acknowledged
+            assert channel.qos.can_consume()
+
+    def test_is_put_back_when_its_worker_lets_it_go(self, app: HarnessApp, journal: Journal) -> None:
+        """Whole, and once, though others of the channel have been acknowledged, or have begun."""
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n) for n in range(4)]
+        with consuming(app) as channel:
+            begun, acknowledged, *others = [delivered(app, channel) for _ in results]
+            spend(begun)
+            acknowledged.ack()
+        back = waiting(app)
+        assert sorted(message.headers["id"] for message in back) == sorted(message.headers["id"] for message in others)
+        for message, before in zip(back, reversed(others), strict=True):
+            assert (message.body, message.headers) == (before.body, before.headers)
+            assert message.properties["delivery_info"]["redelivered"]
+            assert start(app, message).answer is Answer.RUNNING
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_is_requeued_where_any_other_is(self, kept: bool, app: HarnessApp, journal: Journal) -> None:
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n) for n in range(2)]
+        with consuming(app) as channel:
+            message = delivered(app, channel)
+            if kept:
+                keep(message)
+            message.requeue()
+        assert [message.headers["id"] for message in waiting(app)] == [results[1].id, results[0].id]
+
+    def test_goes_when_it_is_rejected(self, app: HarnessApp, journal: Journal) -> None:
+        app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            delivered(app, channel).reject()
+        assert waiting(app) == []
+
+    def test_is_kept_once_it_is_more(self, app: HarnessApp, journal: Journal) -> None:
+        """One whose record is gone is the only copy of what it asks for."""
+        app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            message = delivered(app, channel)
+            keep(message)
+            assert not is_unkept(message)
+            assert keeps(app, channel) == 1
+            message.ack()
+            assert keeps(app, channel) == 0
+        assert waiting(app) == []
+
+    def test_is_put_back_once_it_is_kept(self, app: HarnessApp, journal: Journal) -> None:
+        app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            keep(delivered(app, channel))
+        assert len(waiting(app)) == 1
+
+
+class TestAnyOther:
+    @pytest.mark.parametrize(
+        ("name", "headers"),
+        [
+            ("queue", {}),
+            ("queue", {"coalesce": {"exempt": True}}),
+            ("queue", {"coalesce": "run"}),
+            ("queue_late", {"coalesce": {"run": "1"}}),
+            ("plain", {"coalesce": {"run": "1"}}),
+            ("unheard_of", {"coalesce": {"run": "1"}}),
+        ],
+        ids=["no run", "exempt", "not ours", "late", "plain", "unknown"],
+    )
+    def test_is_kept(self, name: str, headers: dict[str, Any], app: HarnessApp, journal: Journal) -> None:
+        app.send_task(name, (journal.key(), 1), headers=headers)
+        with consuming(app) as channel:
+            message = delivered(app, channel)
+            assert not is_unkept(message)
+            assert keeps(app, channel) == 1
+            message.ack()
+            assert keeps(app, channel) == 0
+
+    def test_is_kept_whatever_its_task_is(self, app: HarnessApp) -> None:
+        """What is no task's name raises nothing here."""
+        with consuming(app) as channel:
+            for task in ([], None, 1):
+                with app.producer_or_acquire() as producer:
+                    producer.publish(
+                        {}, routing_key=app.conf.task_default_queue, headers={"task": task, "coalesce": {"run": "1"}}
+                    )
+                message = delivered(app, channel)
+                assert keeps(app, channel) == 1
+                message.ack()
+
+    @pytest.mark.parametrize(
+        "conf",
+        [
+            {"coalesce_broker_shortcuts": False},
+            {"broker_transport_options": {"ack_emulation": False}},
+        ],
+        ids=["turned off", "nothing is kept"],
+    )
+    def test_is_every_message_where_that_is_not_known_to_be_right(
+        self, conf: dict[str, Any], make_app: MakeApp, journal: Journal
+    ) -> None:
+        app = make_app(conf=conf)
+        app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            assert not is_unkept(delivered(app, channel))
+
+    def test_is_every_message_of_another_server(self, app: HarnessApp, make_app: MakeApp, journal: Journal) -> None:
+        """Of a broker that is read elsewhere than it is written, or that failed over: another database is enough."""
+        app.tasks["queue"].delay(journal.key(), 1)
+        address, _, number = str(app.given["broker"]).rpartition("/")
+        other = make_app(conf={"broker_write_url": f"{address}/{(int(number) + 1) % 16}"})
+        with app.connection_for_read() as connection:
+            assert may_spare(engine_of(app), connection.default_channel)
+            assert not may_spare(engine_of(other), connection.default_channel)
+
+
+class TestAWorker:
+    def test_has_the_broker_keep_late_ones_only(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """One that is acknowledged late is the broker's until its run has ended; of others it hears nothing."""
+        with ValkeyServer() as server:
+            self._keeps(make_app(server.url()), make_worker, journal)
+
+    @staticmethod
+    def _keeps(app: HarnessApp, make_worker: MakeWorker, journal: Journal) -> None:
+        make_worker(app)
+        engine, client = engine_of(app), client_of(app)
+
+        def kept() -> int:
+            return cast("int", client.hlen("unacked"))
+
+        def transactions() -> int:
+            return cast("int", client.info("commandstats")["cmdstat_exec"]["calls"])
+
+        app.tasks["queue"].delay(journal.key("warm"), 1).get(timeout=20)
+        wait_until(lambda: engine.transitions.show("queue", journal.key("warm")) is None, 10)
+        before = transactions()
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="early") for n in range(2)]
+        journal.wait("start", key="1", timeout=20)
+        journal.wait("start", key="0", timeout=20)
+        assert kept() == 0
+        # Kombu notes in a transaction that a message was delivered, and in another that it was acknowledged.
+        assert transactions() == before
+        journal.open("early", 2)
+        assert [result.get(timeout=20) for result in results] == [0, 1]
+        # What has lost its record is admitted as a trigger, and kept until it runs.
+        before = transactions()
+        lost = app.tasks["queue"].apply_async((journal.key("lost"), 3), countdown=2)
+        client.delete(*client.keys("{coalesce}:*"))
+        assert lost.get(timeout=20) == 3
+        # Its result is the third.
+        assert transactions() == before + 3
+        late = app.tasks["queue_late"].delay(journal.key("late"), 2, gate="late")
+        journal.wait("start", key="late", timeout=20)
+        assert kept() == 1
+        journal.open("late")
+        assert late.get(timeout=20) == 2
+        wait_until(lambda: kept() == 0, 10)
+
+    def test_fetches_as_much_as_ever_after_its_connection_was_lost(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal, state_server: ValkeyServer
+    ) -> None:
+        """Celery fetches less at first, and more with each message that is acknowledged."""
+        app = make_app()
+        worker = make_worker(app, concurrency=3)
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(2)]
+        for n in range(len(results)):
+            journal.wait("start", key=str(n), timeout=20)
+        cut(app, state_server)
+        wait_until(lambda: "the prefetch count to " in worker.logs() or "Skipping prefetch" in worker.logs(), 20)
+        if "Skipping prefetch" in worker.logs():
+            pytest.skip("this Celery fetches no less")
+        # Before others come: Celery 5.5 gives them to any child now, busy or not.
+        journal.open("a", len(results))
+        assert [result.get(timeout=20) for result in results] == [0, 1]
+        for n in range(2, 12):
+            app.tasks["queue"].delay(journal.key(str(n)), n).get(timeout=20)
+        wait_until(lambda: "restored to the maximum" in worker.logs(), 10)
+
+    def test_fetches_no_more_than_it_may(self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
+        """What stands in the queue of a pool's threads is not done with, though the broker has let go of it."""
+        app = make_app()
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(8)]
+        worker = make_worker(app, pool="threads", concurrency=1, extra_args=["--prefetch-multiplier", "3"])
+        queue = app.conf.task_default_queue
+        with app.connection_for_read() as connection:
+            client = connection.default_channel.client
+            # One runs, which counts no more.
+            wait_until(lambda: client.llen(queue) == len(results) - 4, 20)
+            # The worker's event loop, which fetches, has gone round.
+            for _ in range(3):
+                assert app.control.inspect([worker.hostname], timeout=10).ping()
+            assert client.llen(queue) == len(results) - 4
+            assert client.hlen("unacked") == 0
+        journal.open("a", len(results))
+        assert [result.get(timeout=20) for result in results] == list(range(len(results)))
+
+    @pytest.mark.parametrize("pool", ["prefork", "threads", "solo", "gevent"])
+    def test_leaves_nothing_to_be_delivered_again(
+        self, pool: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """Nor does it give anything back when it stops."""
+        app = make_app()
+        worker = make_worker(app, pool=pool)
+        results = app.tasks["queue"].batch_delay([(journal.key(str(n)), n) for n in range(20)])
+        assert [result.get(timeout=20) for result in results] == list(range(20))
+        assert worker.stop() == 0
+        with app.connection_for_read() as connection:
+            client = connection.default_channel.client
+            assert client.exists(*KEPT, app.conf.task_default_queue) == 0
+        assert len(journal.events("start")) == len(results)
+
+    @pytest.mark.parametrize("pool", ["prefork", "threads"])
+    def test_gives_back_what_waits_for_a_place_in_its_pool(
+        self, pool: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """When it stops: whatever it had fetched runs elsewhere, at once."""
+        app = make_app()
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
+        worker = make_worker(app, pool=pool, concurrency=1)
+        queue = app.conf.task_default_queue
+        with app.connection_for_read() as connection:
+            wait_until(lambda: connection.default_channel.client.llen(queue) == 0, 20)
+        journal.wait("start", timeout=20)
+        worker.signal(signal.SIGTERM)
+        wait_until(lambda: "Warm shutdown" in worker.logs(), 10)
+        make_worker(app, concurrency=1)
+        journal.open("a", len(results))
+        assert [result.get(timeout=20) for result in results] == list(range(len(results)))
+        assert len(journal.events("start")) == len(results)
+        assert worker.wait(20) == 0
+
+    def test_gives_back_what_it_had_fetched_when_its_connection_was_lost(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal, state_server: ValkeyServer
+    ) -> None:
+        """A run that had not begun goes on at once, and no run twice."""
+        app = make_app()
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
+        worker = make_worker(app, concurrency=1)
+        queue = app.conf.task_default_queue
+        with app.connection_for_read() as connection:
+            wait_until(lambda: connection.default_channel.client.llen(queue) == 0, 20)
+        journal.wait("start", timeout=20)
+        cut(app, state_server)
+        wait_until(lambda: "onnection to broker lost" in worker.logs(), 20)
+        journal.open("a", len(results))
+        assert [result.get(timeout=20) for result in results] == list(range(len(results)))
+        assert len(journal.events("start")) == len(results)
+
+    def test_that_is_killed_loses_none_of_what_it_had_fetched(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """Their records have them sent again, `coalesce_redispatch_after` after they were."""
+        app = make_app(conf={"coalesce_redispatch_after": 2})
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
+        worker = make_worker(app, concurrency=1)
+        queue = app.conf.task_default_queue
+        with app.connection_for_read() as connection:
+            wait_until(lambda: connection.default_channel.client.llen(queue) == 0, 20)
+        first = journal.wait("start", timeout=20)
+        worker.kill()
+        journal.open("a", len(results))
+        make_worker(app, concurrency=1)
+        others = [result for number, result in enumerate(results) if str(number) != str(first["key"])]
+        assert sorted(result.get(timeout=30) for result in others) == sorted({0, 1, 2, 3} - {int(first["key"])})
+
+    @pytest.mark.parametrize("unkept", [True, False])
+    def test_hands_back_what_its_pool_never_took(self, unkept: bool, make_app: MakeApp, journal: Journal) -> None:
+        """There is a new message only for what the broker has not kept: any other is given back by it."""
+        app = make_app()
+        presence = WorkerPresence(cast("Any", SimpleNamespace(app=app, hostname="w")))
+        result = app.tasks["queue"].delay(journal.key(), 1)
+        with consuming(app) as channel:
+            message = delivered(app, channel)
+            lease: Lease = start(app, message, owner=presence.owner, unkept=unkept).lease
+            spend(message)
+        presence.leased(lease, cast("Any", None))
+        presence._goodbye()
+        again = waiting(app)
+        assert len(again) == unkept
+        for message in again:
+            assert message.headers["coalesce"]["run"] == str(result.run_id)
+            assert start(app, message, "another").answer is Answer.RUNNING
+
+
+def cut(app: HarnessApp, server: ValkeyServer) -> None:
+    """Have the connections closed on which workers wait for messages of an app's broker."""
+    with server.client() as client:
+        for each in client.client_list(_type="normal"):
+            if each["cmd"] == "brpop" and each["db"] == str(app.given["broker"]).rsplit("/", 1)[1]:
+                client.client_kill_filter(_id=each["id"])
