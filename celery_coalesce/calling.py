@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
 
-from .calls import HEADER, captured, encode, eta_header, follower_of
+from .calls import HEADER, captured, encode, eta_header, follower_of, hears_of_calls
 from .dispatch import publish_all, run_header
 from .endings import done_once, take_back, tell_caller
 from .errors import CoalesceError, QueueFull
@@ -158,8 +158,10 @@ class Call:
         if broker is not None and self.met_a_busy_key:
             broker.note_busy(self.state)
         elif self.trigger.push is not None and reply.delay is None and self.terms.stores:
-            # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
-            self.terms.task.backend.on_task_call(None, reply.task_id)
+            backend = self.terms.task.backend
+            if hears_of_calls(backend):
+                # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
+                backend.on_task_call(None, reply.task_id)
 
     @property
     def _answer(self) -> Accepted:

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
+from celery.backends.base import Backend
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Exchange, Queue, binding
 from kombu.exceptions import SerializationError, SerializerNotInstalled
@@ -29,6 +30,7 @@ __all__ = [
     "decode",
     "encode",
     "follower_of",
+    "hears_of_calls",
     "message_call",
     "moment",
     "options_of",
@@ -118,6 +120,17 @@ def is_rpc(app: Celery) -> bool:
     # Celery imports it where it is used. By the backend, and not by its setting, which takes long to look up.
     module = sys.modules.get("celery.backends.rpc")
     return module is not None and isinstance(backend, module.RPCBackend)
+
+
+def hears_of_calls(backend: Any) -> bool:
+    """Return whether a result backend wants to know of a call before anybody asks for its result.
+
+    Redis's subscribes then; whoever asks subscribes anyway, before it looks what is there (``add_pending_result`` and
+    ``on_wait_for_pending``, celery.backends.asynchronous and .redis, 5.5-5.7). Most callers never ask.
+    """
+    module = sys.modules.get("celery.backends.redis")
+    needless = (Backend.on_task_call, module.RedisBackend.on_task_call if module is not None else None)
+    return type(backend).on_task_call not in needless
 
 
 def _plain(value: Any) -> Any:

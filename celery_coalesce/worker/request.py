@@ -82,7 +82,7 @@ class CoalescedRequest(ReportingRequest):
             return False
         if self not in worker_state.reserved_requests or _is_stopping():
             # The connection that brought it was lost while it was held, or the pool takes no more. The broker brings it
-            # again; if an answer was lost that it was acknowledged, the worker's own sweep has its run dispatched.
+            # again; if an answer was lost that gave its run a lease, the worker's own sweep has the run dispatched.
             self._release()
             return True
         if presence_of(self.app).store_away:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from celery.exceptions import TimeoutError as CeleryTimeoutError
 from celery.signals import after_task_publish, before_task_publish
 from kombu import Exchange, Queue
 from kombu.exceptions import OperationalError
@@ -216,7 +217,7 @@ def test_nobody_is_told_of_a_message_that_is_not_sent(
 @pytest.mark.parametrize(
     "conf",
     [
-        {"coalesce_broker_by_script": False},
+        {"coalesce_broker_shortcuts": False},
         {"task_send_sent_event": True},
         {"task_queues": [Queue("celery", Exchange("celery"), expires=60)]},
         {"task_queues": [Queue("celery", Exchange("all", type="fanout"))]},
@@ -279,19 +280,41 @@ def test_what_can_not_be_pushed_is_published_and_what_can_not_be_published_is_ta
     assert app.tasks["queue"].delay(journal.key(), 2).disposition == "dispatched"
 
 
-@pytest.mark.parametrize("pushes", [True, False])
-def test_a_caller_is_subscribed_to_its_result(pushes: bool, app: HarnessApp, asked: Asked, journal: Journal) -> None:
-    """As Celery's own is, from before the message is sent; and a call that joins, to nothing of its own."""
-    consumer = app.backend.result_consumer
-    with app.producer_or_acquire() as producer:
-        given: dict[str, Any] = {} if pushes else {"producer": producer}
-        first = app.tasks["queue"].apply_async((journal.key(), 1), **given)
-        subscribed = set(consumer.subscribed_to)
-        second = app.tasks["queue"].apply_async((journal.key(), 2), **given)
-    assert asked.names[0] == ("publish" if pushes else "trigger")
-    assert app.backend.get_key_for_task(first.id) in subscribed
-    assert set(consumer.subscribed_to) == subscribed
-    assert second.id == first.id
+def test_a_caller_subscribes_to_a_result_when_it_asks_for_it(app: HarnessApp, journal: Journal) -> None:
+    """And then looks what is there. Celery subscribes with every call, which most callers have no use for."""
+    subscribed = app.backend.result_consumer.subscribed_to
+    key = journal.key()
+    result = app.tasks["queue"].delay(key, 1)
+    assert subscribed == set()
+    with pytest.raises(CeleryTimeoutError):
+        result.get(timeout=0.1)
+    assert subscribed == {app.backend.get_key_for_task(result.id)}
+    app.backend.store_result(result.id, 1, "SUCCESS")
+    assert result.get(timeout=10) == 1
+    ended = app.tasks["queue"].delay(journal.key("other"), 2)
+    app.backend.store_result(ended.id, 2, "SUCCESS")
+    assert ended.get(timeout=10) == 2
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_another_backend_hears_of_calls(joins: bool, app: HarnessApp, journal: Journal) -> None:
+    """One that has its own way to hear of them, of those that have a result of their own."""
+    heard = []
+
+    class Hearing(type(app.backend)):  # type: ignore[misc]
+        def on_task_call(self, producer: Any, task_id: str) -> None:
+            heard.append(task_id)
+
+    task = app.tasks["queue"]
+    first = task.delay(journal.key(), 1) if joins else None
+    mine = task.backend
+    task.backend = Hearing(app=app, url=app.conf.result_backend)
+    try:
+        result = task.delay(journal.key(), 2)
+    finally:
+        task.backend = mine
+    assert heard == ([] if joins else [result.id])
+    assert first is None or first.id == result.id
 
 
 class TestFollowUps:
