@@ -211,8 +211,6 @@ class Lease(NamedTuple):
     monitored: bool = False
     #: The monotonic clock of the machine when the lease was asked for, in seconds: it was given no earlier.
     leased_at: float = 0.0
-    #: Whether the broker has not kept the message, and does not give it back.
-    unkept: bool = False
 
     @property
     def began(self) -> bool:
@@ -231,7 +229,7 @@ class Lease(NamedTuple):
             more: Fields that only the child's lease has.
         """
         header = {**self._asdict(), **more}
-        del header["args"], header["unkept"]
+        del header["args"]
         return header
 
     @classmethod

@@ -218,7 +218,6 @@ class Running(Base):
         claim: str,
         late: bool,
         revoked: bool,
-        unkept: bool = False,
     ) -> Started:
         """Ask for a run's lease.
 
@@ -228,7 +227,6 @@ class Running(Base):
             claim: This question's own id: repeated, it gets the same answer.
             late: Whether the task is acknowledged late, and so runs again if its worker dies.
             revoked: Whether the worker knows the run to be revoked.
-            unkept: Whether the broker does not keep the message, so that nobody else brings it again.
         """
         state = envelope.state
         names = self.store.names
@@ -260,7 +258,6 @@ class Running(Base):
                 owner=owner,
                 answer=answer.value,
                 args=as_blob(changed),
-                unkept=unkept and answer is Answer.RUNNING,
                 **json.loads(as_text(leased)),
             )
             return Started(answer, lease, done=as_text(done), sent=self._sent(state, sent))

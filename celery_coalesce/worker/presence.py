@@ -119,14 +119,10 @@ class WorkerPresence(ProcessPresence):
 
     def _goodbye(self) -> None:
         """Hand back what the pool never took."""
-        engine = engine_of(self._app)
         for lease, pid in list(self._leases.values()):
             if pid is None:
-                # A message that the broker keeps is given back by it.
-                if lease.unkept:
-                    dispatch_again(engine, lease)
-                else:
-                    engine.transitions.requeue(lease)
+                # The broker may have given its message back, but too early: another worker found the run running.
+                dispatch_again(engine_of(self._app), lease)
         super()._goodbye()
 
     def _reconcile(self) -> None:
@@ -169,7 +165,7 @@ class WorkerPresence(ProcessPresence):
         """Have dispatched again what this process holds and knows nothing of: the answer that gave it was lost.
 
         The gate asks again for the message that it has, and gets the same answer; this is for one that is gone: back to
-        the broker, or not kept by it. No body has begun.
+        the broker, or lost. No body has begun.
         """
         engine = engine_of(self._app)
         transitions = engine.transitions

@@ -34,7 +34,7 @@ from ..triggering import Asking, accept, report
 from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
 from .presence import presence_of
-from .wakeups import is_unkept, keep, spend
+from .wakeups import is_unkept, keep
 
 __all__ = ["CoalescedRequest"]
 
@@ -142,7 +142,6 @@ class CoalescedRequest(ReportingRequest):
             claim=self._claim,
             late=bool(self.task.acks_late),
             revoked=revoked,
-            unkept=is_unkept(self._message),
         )
         answer = started.answer
         if started.lease is not None:
@@ -176,8 +175,6 @@ class CoalescedRequest(ReportingRequest):
         bus = self._bus()
         self._lease = lease
         presence_of(self.app).leased(lease, self)
-        if lease.unkept:
-            spend(self._message)
         request = self._request_dict
         request[HEADER] = lease.as_header(hostname=self._hostname, monitored=bus.enabled, leased_at=self._asked_at)
         request["ignore_result"] = self._ignore_result = not lease.store

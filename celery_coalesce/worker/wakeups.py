@@ -3,8 +3,8 @@
 A message of a run that has a record is worth nothing by itself: if it is lost with its worker, the record's timer has
 another one sent. Kombu's Redis transport notes each message that it delivers, in a transaction, lest it is lost, and
 takes that back in another when it is acknowledged. Both are spared for a wake-up, where the broker is the Redis that
-holds the records: it is noted in this process alone, where it counts for what may be fetched. A worker that stops or
-loses its connection puts those back whose runs have not begun, as kombu does with all it has noted.
+holds the records: it is noted in this process alone. There it counts for what may be fetched until it is acknowledged,
+and is put back when the channel closes, as any message that kombu has noted.
 
 Every other message is kept as ever: one without a run, which is the only copy of what it asks for; one of a task that
 is acknowledged late, which Celery may give back; one of another transport or server.
@@ -29,7 +29,7 @@ from ..errors import StoreUnavailable
 if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
 
-__all__ = ["Wakeups", "is_unkept", "keep", "may_spare", "spare", "spend"]
+__all__ = ["Wakeups", "is_unkept", "keep", "may_spare", "spare"]
 
 
 class Wakeups(bootsteps.StartStopStep):
@@ -86,7 +86,7 @@ def spare(engine: Engine, channel: Any) -> None:
         message = _wakeup(qos, tag)
         if message is None:
             put_back(tag, client=client, leftmost=leftmost)
-        elif is_unkept(message):
+        else:
             sent_to = message.delivery_info
             with channel.conn_or_acquire(client) as given:
                 channel._do_restore_message(message._raw, sent_to["exchange"], sent_to["routing_key"], given, leftmost)
@@ -108,17 +108,12 @@ def _is_wakeup(engine: Engine, message: Any) -> bool:
 def _wakeup(qos: Any, tag: str) -> Any:
     """Return the wake-up of that tag, ``None`` if it is none."""
     message = qos._delivered.get(tag)
-    return message if getattr(message, "is_wakeup", False) else None
+    return message if is_unkept(message) else None
 
 
 def is_unkept(message: Any) -> bool:
-    """Return whether this process alone has a message whose run has not begun."""
-    return getattr(message, "is_wakeup", False) and not getattr(message, "is_spent", False)
-
-
-def spend(message: Any) -> None:
-    """Note that a message's run has its lease: what becomes of it is the lease's to say from now on."""
-    message.is_spent = True
+    """Return whether this process alone has a message."""
+    return getattr(message, "is_wakeup", False)
 
 
 def keep(message: Any) -> None:

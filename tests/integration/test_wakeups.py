@@ -16,7 +16,7 @@ from celery_coalesce.engine import engine_of
 from celery_coalesce.records import Lease
 from celery_coalesce.states import Answer
 from celery_coalesce.worker.presence import WorkerPresence
-from celery_coalesce.worker.wakeups import is_unkept, keep, may_spare, spare, spend
+from celery_coalesce.worker.wakeups import is_unkept, keep, may_spare, spare
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal
 from tests.support.process import wait_until
@@ -94,7 +94,6 @@ class TestAWakeup:
             message = delivered(app, channel)
             assert is_unkept(message)
             assert keeps(app, channel) == 0
-            spend(message)
             message.ack()
         assert waiting(app) == []
 
@@ -105,18 +104,15 @@ class TestAWakeup:
             channel.basic_qos(0, 1, False)
             message = delivered(app, channel)
             assert not channel.qos.can_consume()
-            spend(message)
-            assert not channel.qos.can_consume()
             message.ack_log_error("logger", ())
             assert message.acknowledged
             assert channel.qos.can_consume()
 
     def test_is_put_back_when_its_worker_lets_it_go(self, app: HarnessApp, journal: Journal) -> None:
-        """Whole, and once, though others of the channel have been acknowledged, or have begun."""
-        results = [app.tasks["queue"].delay(journal.key(str(n)), n) for n in range(4)]
+        """Whole, and once; others that it has acknowledged are not."""
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n) for n in range(3)]
         with consuming(app) as channel:
-            begun, acknowledged, *others = [delivered(app, channel) for _ in results]
-            spend(begun)
+            acknowledged, *others = [delivered(app, channel) for _ in results]
             acknowledged.ack()
         back = waiting(app)
         assert sorted(message.headers["id"] for message in back) == sorted(message.headers["id"] for message in others)
@@ -264,6 +260,26 @@ class TestAWorker:
         assert late.get(timeout=20) == 2
         wait_until(lambda: kept() == 0, 10)
 
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_leaves_what_the_records_may_outlive_to_the_broker(
+        self, elsewhere: bool, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """Where records and messages are not in one database, one of them may be lost without the other."""
+        app = make_app()
+        if elsewhere:
+            address, _, number = str(app.given["broker"]).rpartition("/")
+            app = make_app(conf={"coalesce_redis_url": f"{address}/{(int(number) + 1) % 16}"})
+        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(3)]
+        make_worker(app, concurrency=1)
+        with app.connection_for_read() as connection:
+            client = connection.default_channel.client
+            wait_until(lambda: client.llen(app.conf.task_default_queue) == 0, 20)
+            # One runs, and is acknowledged.
+            journal.wait("start", timeout=20)
+            wait_until(lambda: client.hlen("unacked") == (len(results) - 1 if elsewhere else 0), 10)
+        journal.open("a", len(results))
+        assert [result.get(timeout=20) for result in results] == [0, 1, 2]
+
     def test_fetches_as_much_as_ever_after_its_connection_was_lost(
         self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal, state_server: ValkeyServer
     ) -> None:
@@ -371,23 +387,20 @@ class TestAWorker:
         others = [result for number, result in enumerate(results) if str(number) != str(first["key"])]
         assert sorted(result.get(timeout=30) for result in others) == sorted({0, 1, 2, 3} - {int(first["key"])})
 
-    @pytest.mark.parametrize("unkept", [True, False])
-    def test_hands_back_what_its_pool_never_took(self, unkept: bool, make_app: MakeApp, journal: Journal) -> None:
-        """There is a new message only for what the broker has not kept: any other is given back by it."""
+    def test_hands_back_what_its_pool_never_took(self, make_app: MakeApp, journal: Journal) -> None:
+        """By a new message: another worker may have had the old one, and found the run running."""
         app = make_app()
         presence = WorkerPresence(cast("Any", SimpleNamespace(app=app, hostname="w")))
         result = app.tasks["queue"].delay(journal.key(), 1)
         with consuming(app) as channel:
-            message = delivered(app, channel)
-            lease: Lease = start(app, message, owner=presence.owner, unkept=unkept).lease
-            spend(message)
+            lease: Lease = start(app, delivered(app, channel), owner=presence.owner).lease
+        [back] = waiting(app)
+        assert start(app, back, "another").answer is Answer.DUPLICATE
         presence.leased(lease, cast("Any", None))
         presence._goodbye()
-        again = waiting(app)
-        assert len(again) == unkept
-        for message in again:
-            assert message.headers["coalesce"]["run"] == str(result.run_id)
-            assert start(app, message, "another").answer is Answer.RUNNING
+        [again] = waiting(app)
+        assert again.headers["coalesce"]["run"] == str(result.run_id)
+        assert start(app, again, "another").answer is Answer.RUNNING
 
 
 def cut(app: HarnessApp, server: ValkeyServer) -> None:
