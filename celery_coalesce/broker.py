@@ -45,7 +45,7 @@ class _UnpushableError(Exception):
 
 
 class Broker:
-    """The broker, where scripts may push to it.
+    """The broker, where it is the Redis that holds the records.
 
     Args:
         store: The server that is the broker as well.

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 from celery.app.task import Context
+from celery.backends.asynchronous import Drainer
 from celery.backends.base import Backend
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu import Exchange, Queue, binding
@@ -125,12 +126,15 @@ def is_rpc(app: Celery) -> bool:
 def hears_of_calls(backend: Any) -> bool:
     """Return whether a result backend wants to know of a call before anybody asks for its result.
 
-    Redis's subscribes then; whoever asks subscribes anyway, before it looks what is there (``add_pending_result`` and
-    ``on_wait_for_pending``, celery.backends.asynchronous and .redis, 5.5-5.7). Most callers never ask.
+    Redis's subscribes then. Whoever waits subscribes anyway, before it looks what is there (``add_pending_result`` and
+    ``on_wait_for_pending``, celery.backends.asynchronous and .redis, 5.5-5.7); most callers never do. Only where
+    greenlets drain the subscription is somebody told who does not wait (``AsyncResult.then``).
     """
+    told = type(backend).on_task_call
     module = sys.modules.get("celery.backends.redis")
-    needless = (Backend.on_task_call, module.RedisBackend.on_task_call if module is not None else None)
-    return type(backend).on_task_call not in needless
+    if module is not None and told is module.RedisBackend.on_task_call:
+        return type(backend.result_consumer.drainer) is not Drainer
+    return told is not Backend.on_task_call
 
 
 def _plain(value: Any) -> Any:

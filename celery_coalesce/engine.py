@@ -32,7 +32,7 @@ class Engine:
     transitions: Transitions
     #: The event bus of a process that is no worker.
     producer_bus: EventBus
-    #: The broker, where it is the store's server and scripts may use it.
+    #: The broker, where it is the store's server and short ways to it may be taken.
     broker: Broker | None = None
     _by_scope: dict[tuple[str, int], list[Policy]] = field(default_factory=dict)
 

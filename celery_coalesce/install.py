@@ -1,4 +1,4 @@
-"""What binding a task brings along: the bootstep and the signal handlers. Done once per app and process."""
+"""What binding a task brings along: the bootsteps and the signal handlers. Done once per app and process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAKEUPS = "celery_coalesce.worker.wakeups:Wakeups"
 
 
 def install(app: Celery) -> None:
-    """Install the bootstep in an app, and the reporters in this process."""
+    """Install the bootsteps in an app, and the reporters in this process."""
     app.steps["worker"].add(PRESENCE)
     app.steps["consumer"].add(WAKEUPS)
     from . import reports

@@ -44,7 +44,7 @@ class Settings:
     #: How many replicas must have a change of the state before anybody acts on it.
     wait_replicas: int
     events: bool
-    #: Whether scripts push messages where the broker is the server that holds the records, and wake-ups are not kept.
+    #: Whether short ways to the broker are taken where it is the server that holds the records.
     broker_shortcuts: bool
 
     @classmethod

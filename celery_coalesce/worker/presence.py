@@ -118,7 +118,8 @@ class WorkerPresence(ProcessPresence):
         self._note(lease, pid)
 
     def _goodbye(self) -> None:
-        """Hand back what the pool never took."""
+        """Hand back what the pool never took and the gate has not ended."""
+        self._report()
         for lease, pid in list(self._leases.values()):
             if pid is None:
                 # The broker may have given its message back, but too early: another worker found the run running.

@@ -34,7 +34,6 @@ from ..triggering import Asking, accept, report
 from . import commands  # noqa: F401 - the worker has them as soon as it has a coalesced task
 from .ends import ReportingRequest
 from .presence import presence_of
-from .wakeups import is_unkept, keep
 
 __all__ = ["CoalescedRequest"]
 
@@ -81,7 +80,7 @@ class CoalescedRequest(ReportingRequest):
             # What is to be done with a revoked or expired run is for the record to say, at the gate.
             return False
         if self not in worker_state.reserved_requests or _is_stopping():
-            # The connection that brought it was lost while it was held, or the pool takes no more. The broker brings it
+            # The connection that brought it was lost while it was held, or the pool takes no more. It is brought
             # again; if an answer was lost that gave its run a lease, the worker's own sweep has the run dispatched.
             self._release()
             return True
@@ -227,9 +226,6 @@ class CoalescedRequest(ReportingRequest):
         """
         if self._would_be_revoked():
             return self._leave_to_celery()
-        if is_unkept(self._message):
-            # It is the only copy of what it asks for.
-            keep(self._message)
         policy: Policy = self.task.coalesce_policy
         arguments = (list(self._args), dict(self._kwargs))
         key = policy.key(*arguments) if self._fits(arguments) else None

@@ -6,11 +6,11 @@ takes that back in another when it is acknowledged. Both are spared for a wake-u
 holds the records: it is noted in this process alone. There it counts for what may be fetched until it is acknowledged,
 and is put back when the channel closes, as any message that kombu has noted.
 
-Every other message is kept as ever: one without a run, which is the only copy of what it asks for; one of a task that
-is acknowledged late, which Celery may give back; one of another transport or server.
+Every other message is kept as ever: one without a run, which is the only copy of what it asks for, and one of another
+transport or server.
 
-Relied on are, of kombu (5.5-5.7), that nothing else calls ``append``, ``ack`` and ``restore_by_tag`` of
-transport.redis ``QoS`` to note a message, to be done with it and to put it back; ``append`` and ``ack`` of
+Relied on are, of kombu (5.5-5.7): that it notes a message, is done with it and puts it back by ``append``, ``ack`` and
+``restore_by_tag`` of transport.redis ``QoS`` alone, looked up on the instance; ``append`` and ``ack`` of
 transport.virtual ``QoS``, which do the counting; ``_delivered``; and ``Channel._do_restore_message``.
 """
 
@@ -23,30 +23,31 @@ from celery import bootsteps
 from kombu.transport import virtual
 
 from ..calls import HEADER
+from ..dispatch import named_run
 from ..engine import Engine, engine_of
 from ..errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from celery.worker.consumer import Consumer
 
-__all__ = ["Wakeups", "is_unkept", "keep", "may_spare", "spare"]
+__all__ = ["Wakeups", "keep_no_wakeups", "need_not_keep"]
 
 
 class Wakeups(bootsteps.StartStopStep):
-    """Spares the broker the keeping of wake-ups, on each channel that the worker consumes from."""
+    """Has no wake-ups kept, on each channel that the worker consumes from."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Consumer) -> None:
         """Take the consumer's new channel in hand, before it consumes."""
         channel, engine = consumer.task_consumer.channel, engine_of(consumer.app)
-        # Its connection is the next to notice that the server is away.
+        # With a server that is away kombu keeps them, for as long as this connection lasts.
         with contextlib.suppress(StoreUnavailable):
-            if may_spare(engine, channel):
-                spare(engine, channel)
+            if need_not_keep(engine, channel):
+                keep_no_wakeups(engine, channel)
 
 
-def may_spare(engine: Engine, channel: Any) -> bool:
+def need_not_keep(engine: Engine, channel: Any) -> bool:
     """Return whether a channel keeps what it delivers, and does so in the very database that holds the records.
 
     Raises:
@@ -56,11 +57,11 @@ def may_spare(engine: Engine, channel: Any) -> bool:
         return False
     from kombu.transport.redis import QoS
 
-    return isinstance(channel.qos, QoS)
+    return type(channel.qos) is QoS
 
 
-def spare(engine: Engine, channel: Any) -> None:
-    """Have a channel keep no wake-ups.
+def keep_no_wakeups(engine: Engine, channel: Any) -> None:
+    """Have a channel note wake-ups in this process alone.
 
     Args:
         engine: The engine of the app that consumes.
@@ -71,53 +72,43 @@ def spare(engine: Engine, channel: Any) -> None:
 
     def append(message: Any, delivery_tag: str) -> None:
         if _is_wakeup(engine, message):
-            message.is_wakeup = True
+            message.is_unkept = True
             virtual.QoS.append(qos, message, delivery_tag)
         else:
             keep(message, delivery_tag)
 
     def ack(delivery_tag: str) -> None:
-        if _wakeup(qos, delivery_tag) is not None:
+        if _unkept(qos, delivery_tag) is not None:
             virtual.QoS.ack(qos, delivery_tag)
         else:
             acknowledge(delivery_tag)
 
     def restore_by_tag(tag: str, client: Any = None, leftmost: bool = False) -> None:
-        message = _wakeup(qos, tag)
+        message = _unkept(qos, tag)
         if message is None:
             put_back(tag, client=client, leftmost=leftmost)
-        else:
-            sent_to = message.delivery_info
-            with channel.conn_or_acquire(client) as given:
-                channel._do_restore_message(message._raw, sent_to["exchange"], sent_to["routing_key"], given, leftmost)
+            return
+        sent_to = message.delivery_info
+        with channel.conn_or_acquire(client) as given, given.pipeline() as pipe:
+            channel._do_restore_message(message._raw, sent_to["exchange"], sent_to["routing_key"], pipe, leftmost)
+            pipe.execute()
 
     qos.append, qos.ack, qos.restore_by_tag = append, ack, restore_by_tag
 
 
 def _is_wakeup(engine: Engine, message: Any) -> bool:
-    """Return whether a message says that it comes for a run. If there is none, the gate has it kept."""
+    """Return whether a message is of a run, as the gate will see it."""
     headers = message.headers
     header = headers.get(HEADER) if isinstance(headers, dict) else None
-    if not isinstance(header, dict) or "run" not in header:
+    if not isinstance(header, dict) or header.get("exempt") is True:
         return False
-    name = headers.get("task")
-    task = engine.tasks.get(name) if isinstance(name, str) else None
-    return task is not None and getattr(task, "coalesce_policy", None) is not None and not task.acks_late
+    task = headers.get("task")
+    if not isinstance(task, str) or engine.policy_of(task) is None:
+        return False
+    return named_run(header, headers.get("id"), task) is not None
 
 
-def _wakeup(qos: Any, tag: str) -> Any:
-    """Return the wake-up of that tag, ``None`` if it is none."""
+def _unkept(qos: Any, tag: str) -> Any:
+    """Return the message of that tag, ``None`` if it is kept or not there."""
     message = qos._delivered.get(tag)
-    return message if is_unkept(message) else None
-
-
-def is_unkept(message: Any) -> bool:
-    """Return whether this process alone has a message."""
-    return getattr(message, "is_wakeup", False)
-
-
-def keep(message: Any) -> None:
-    """Have the broker keep a message that is no mere wake-up, as it turned out."""
-    message.is_wakeup = False
-    qos = message.channel.qos
-    type(qos).append(qos, message, message.delivery_tag)
+    return message if getattr(message, "is_unkept", False) else None

@@ -20,6 +20,10 @@ MakeApp = Callable[..., HarnessApp]
 MakeWorker = Callable[..., WorkerProcess]
 
 
+#: Messages that a worker has are kept by the broker, and so can come twice.
+KEPT = {"coalesce_broker_shortcuts": False}
+
+
 def redeliver(app: HarnessApp) -> None:
     """Have the Redis broker deliver every unacknowledged message again, as after its visibility timeout."""
     options = {**app.conf.broker_transport_options, "visibility_timeout": 0}
@@ -37,7 +41,7 @@ def test_message_delivered_again_while_its_run_goes_on_makes_no_second_run(
     name: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:
     """A visibility timeout shorter than the run: the copies are acknowledged and do nothing."""
-    app = make_app(conf={"broker_transport_options": {"visibility_timeout": 3}})
+    app = make_app(conf={**KEPT, "broker_transport_options": {"visibility_timeout": 3}})
     worker = make_worker(app)
     result = app.tasks[name].apply_async(
         (journal.key(), 1), {"gate": "a"}, link=app.tasks["collect"].s(key=journal.key("link"))
@@ -59,7 +63,7 @@ def test_message_delivered_again_after_its_run_does_nothing(
     make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:
     """A copy that comes after the end is acknowledged, and its result is left alone."""
-    app = make_app()
+    app = make_app(conf=KEPT)
     worker = make_worker(app, concurrency=1)
     task = app.tasks["queue_late"]
     first = task.delay(journal.key(), 1, gate="a")
@@ -80,7 +84,7 @@ def test_pending_runs_message_is_not_multiplied_by_redelivery(
     make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:
     """Redelivery of the running run's message neither starts nor doubles the pending one."""
-    app = make_app()
+    app = make_app(conf=KEPT)
     worker = make_worker(app)
     task = app.tasks["queue_late"]
     first = task.delay(journal.key(), 1, gate="a")

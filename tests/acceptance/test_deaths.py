@@ -287,7 +287,8 @@ class TestKilledWorker:
         self, name: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
     ) -> None:
         """`acks_late`: the same run, once more, and once only when its old message comes back as well."""
-        app = make_app(conf=SHORT)
+        # Kept by the broker, so that it does.
+        app = make_app(conf={**SHORT, "coalesce_broker_shortcuts": False})
         first_worker = make_worker(app)
         task = app.tasks[name]
         kwargs = {"gate": "never"} if name == "late_again" else {}

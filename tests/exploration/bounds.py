@@ -60,6 +60,7 @@ BOUNDED = {
         {"limit": 2}, workers=1, faults=2, kinds=("publish fails", "reply lost", "producer dies")
     ),
     "late acknowledgement": Setup({"acks_late": True}, faults=1, kinds=PARTS),
+    "late acknowledgement, in short ways": Setup({"acks_late": True}, faults=1, kinds=PARTS, shortcuts=True),
     "followers": Setup(faults=1, kinds=DEATHS, follows=True),
     "retry": Setup(faults=1, kinds=DEATHS, ends=("retry", "")),
     "stop on error": Setup({"on_error": "stop"}, faults=1, kinds=DEATHS, ends=("fail",)),

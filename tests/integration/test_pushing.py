@@ -296,6 +296,18 @@ def test_a_caller_subscribes_to_a_result_when_it_asks_for_it(app: HarnessApp, jo
     assert ended.get(timeout=10) == 2
 
 
+def test_a_caller_among_greenlets_is_subscribed_at_once(app: HarnessApp, journal: Journal) -> None:
+    """There a callback is called that nobody waits for."""
+    consumer = app.backend.result_consumer
+
+    class Greenlets(type(consumer.drainer)):  # type: ignore[misc]
+        pass
+
+    consumer.drainer = Greenlets(consumer)
+    result = app.tasks["queue"].delay(journal.key(), 1)
+    assert consumer.subscribed_to == {app.backend.get_key_for_task(result.id)}
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_another_backend_hears_of_calls(joins: bool, app: HarnessApp, journal: Journal) -> None:
     """One that has its own way to hear of them, of those that have a result of their own."""

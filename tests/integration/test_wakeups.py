@@ -10,13 +10,17 @@ from typing import Any, cast
 
 import pytest
 import redis
+from celery.exceptions import TaskRevokedError
+from celery.utils import uuid
 
+from celery_coalesce import LeaseLost
 from celery_coalesce.dispatch import named_run
 from celery_coalesce.engine import engine_of
+from celery_coalesce.keys import state_id
 from celery_coalesce.records import Lease
 from celery_coalesce.states import Answer
 from celery_coalesce.worker.presence import WorkerPresence
-from celery_coalesce.worker.wakeups import is_unkept, keep, may_spare, spare
+from celery_coalesce.worker.wakeups import keep_no_wakeups, need_not_keep
 from tests.support.app import HarnessApp
 from tests.support.journal import Journal
 from tests.support.process import wait_until
@@ -31,6 +35,8 @@ MakeWorker = Callable[..., WorkerProcess]
 
 PREFIX = "p:"
 KEPT = ("unacked", "unacked_index")
+#: What a message says of its run.
+RUN = {"state": state_id("queue", "k"), "run": "1", "attempt": 0, "version": 0}
 
 
 @pytest.fixture(params=["", PREFIX], ids=["plain", "prefixed"])
@@ -44,8 +50,8 @@ def consuming(app: HarnessApp) -> Iterator[Any]:
     """Give a channel as a worker consumes from it."""
     with app.connection_for_read() as connection:
         channel = connection.default_channel
-        if may_spare(engine_of(app), channel):
-            spare(engine_of(app), channel)
+        if need_not_keep(engine_of(app), channel):
+            keep_no_wakeups(engine_of(app), channel)
         yield channel
 
 
@@ -92,7 +98,6 @@ class TestAWakeup:
         app.tasks["queue"].delay(journal.key(), 1)
         with consuming(app) as channel:
             message = delivered(app, channel)
-            assert is_unkept(message)
             assert keeps(app, channel) == 0
             message.ack()
         assert waiting(app) == []
@@ -109,25 +114,28 @@ class TestAWakeup:
             assert channel.qos.can_consume()
 
     def test_is_put_back_when_its_worker_lets_it_go(self, app: HarnessApp, journal: Journal) -> None:
-        """Whole, and once; others that it has acknowledged are not."""
-        results = [app.tasks["queue"].delay(journal.key(str(n)), n) for n in range(3)]
+        """Whole, once, by its priority; others that it has acknowledged are not."""
+        task = app.tasks["queue"]
+        results = [
+            task.apply_async((journal.key(str(n)), n), priority=priority) for n, priority in enumerate((0, 0, 9))
+        ]
         with consuming(app) as channel:
             acknowledged, *others = [delivered(app, channel) for _ in results]
             acknowledged.ack()
         back = waiting(app)
-        assert sorted(message.headers["id"] for message in back) == sorted(message.headers["id"] for message in others)
-        for message, before in zip(back, reversed(others), strict=True):
+        assert [message.headers["id"] for message in back] == [message.headers["id"] for message in others]
+        for message, before in zip(back, others, strict=True):
             assert (message.body, message.headers) == (before.body, before.headers)
             assert message.properties["delivery_info"]["redelivered"]
             assert start(app, message).answer is Answer.RUNNING
 
     @pytest.mark.parametrize("kept", [False, True])
-    def test_is_requeued_where_any_other_is(self, kept: bool, app: HarnessApp, journal: Journal) -> None:
+    def test_is_requeued_where_any_other_is(self, kept: bool, make_app: MakeApp, journal: Journal) -> None:
+        app = make_app(conf={"coalesce_broker_shortcuts": not kept})
         results = [app.tasks["queue"].delay(journal.key(str(n)), n) for n in range(2)]
         with consuming(app) as channel:
             message = delivered(app, channel)
-            if kept:
-                keep(message)
+            assert keeps(app, channel) == kept
             message.requeue()
         assert [message.headers["id"] for message in waiting(app)] == [results[1].id, results[0].id]
 
@@ -137,23 +145,25 @@ class TestAWakeup:
             delivered(app, channel).reject()
         assert waiting(app) == []
 
-    def test_is_kept_once_it_is_more(self, app: HarnessApp, journal: Journal) -> None:
-        """One whose record is gone is the only copy of what it asks for."""
-        app.tasks["queue"].delay(journal.key(), 1)
-        with consuming(app) as channel:
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_is_left_to_its_record_by_a_server_that_is_away(
+        self, kept: bool, make_app: MakeApp, journal: Journal
+    ) -> None:
+        """Whoever wants to put it back hears of that as with any other message."""
+        with ValkeyServer() as server:
+            app = make_app(server.url(), conf={"coalesce_broker_shortcuts": not kept})
+            app.tasks["queue"].delay(journal.key(), 1)
+            connection = app.connection_for_read()
+            channel = connection.default_channel
+            if not kept:
+                keep_no_wakeups(engine_of(app), channel)
             message = delivered(app, channel)
-            keep(message)
-            assert not is_unkept(message)
-            assert keeps(app, channel) == 1
-            message.ack()
-            assert keeps(app, channel) == 0
-        assert waiting(app) == []
-
-    def test_is_put_back_once_it_is_kept(self, app: HarnessApp, journal: Journal) -> None:
-        app.tasks["queue"].delay(journal.key(), 1)
-        with consuming(app) as channel:
-            keep(delivered(app, channel))
-        assert len(waiting(app)) == 1
+            server.stop()
+            with pytest.raises(channel.connection_errors):
+                message.requeue()
+            with pytest.raises(channel.connection_errors):
+                channel.qos.restore_unacked_once()
+            channel.qos._delivered.clear()
 
 
 class TestAnyOther:
@@ -162,18 +172,18 @@ class TestAnyOther:
         [
             ("queue", {}),
             ("queue", {"coalesce": {"exempt": True}}),
+            ("queue", {"coalesce": {**RUN, "exempt": True}}),
+            ("queue", {"coalesce": {**RUN, "run": "no number"}}),
             ("queue", {"coalesce": "run"}),
-            ("queue_late", {"coalesce": {"run": "1"}}),
-            ("plain", {"coalesce": {"run": "1"}}),
-            ("unheard_of", {"coalesce": {"run": "1"}}),
+            ("plain", {"coalesce": RUN}),
+            ("unheard_of", {"coalesce": RUN}),
         ],
-        ids=["no run", "exempt", "not ours", "late", "plain", "unknown"],
+        ids=["no run", "exempt", "exempt run", "bad run", "not ours", "plain", "unknown"],
     )
     def test_is_kept(self, name: str, headers: dict[str, Any], app: HarnessApp, journal: Journal) -> None:
         app.send_task(name, (journal.key(), 1), headers=headers)
         with consuming(app) as channel:
             message = delivered(app, channel)
-            assert not is_unkept(message)
             assert keeps(app, channel) == 1
             message.ack()
             assert keeps(app, channel) == 0
@@ -184,7 +194,7 @@ class TestAnyOther:
             for task in ([], None, 1):
                 with app.producer_or_acquire() as producer:
                     producer.publish(
-                        {}, routing_key=app.conf.task_default_queue, headers={"task": task, "coalesce": {"run": "1"}}
+                        {}, routing_key=app.conf.task_default_queue, headers={"task": task, "coalesce": RUN}
                     )
                 message = delivered(app, channel)
                 assert keeps(app, channel) == 1
@@ -204,7 +214,7 @@ class TestAnyOther:
         app = make_app(conf=conf)
         app.tasks["queue"].delay(journal.key(), 1)
         with consuming(app) as channel:
-            assert not is_unkept(delivered(app, channel))
+            assert not getattr(delivered(app, channel), "is_unkept", False)
 
     def test_is_every_message_of_another_server(self, app: HarnessApp, make_app: MakeApp, journal: Journal) -> None:
         """Of a broker that is read elsewhere than it is written, or that failed over: another database is enough."""
@@ -212,20 +222,18 @@ class TestAnyOther:
         address, _, number = str(app.given["broker"]).rpartition("/")
         other = make_app(conf={"broker_write_url": f"{address}/{(int(number) + 1) % 16}"})
         with app.connection_for_read() as connection:
-            assert may_spare(engine_of(app), connection.default_channel)
-            assert not may_spare(engine_of(other), connection.default_channel)
+            assert need_not_keep(engine_of(app), connection.default_channel)
+            assert not need_not_keep(engine_of(other), connection.default_channel)
 
 
 class TestAWorker:
-    def test_has_the_broker_keep_late_ones_only(
-        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
-    ) -> None:
-        """One that is acknowledged late is the broker's until its run has ended; of others it hears nothing."""
+    def test_tells_the_broker_nothing(self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal) -> None:
+        """Whenever its runs are acknowledged."""
         with ValkeyServer() as server:
-            self._keeps(make_app(server.url()), make_worker, journal)
+            self._tells(make_app(server.url()), make_worker, journal)
 
     @staticmethod
-    def _keeps(app: HarnessApp, make_worker: MakeWorker, journal: Journal) -> None:
+    def _tells(app: HarnessApp, make_worker: MakeWorker, journal: Journal) -> None:
         make_worker(app)
         engine, client = engine_of(app), client_of(app)
 
@@ -238,27 +246,15 @@ class TestAWorker:
         app.tasks["queue"].delay(journal.key("warm"), 1).get(timeout=20)
         wait_until(lambda: engine.transitions.show("queue", journal.key("warm")) is None, 10)
         before = transactions()
-        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="early") for n in range(2)]
-        journal.wait("start", key="1", timeout=20)
-        journal.wait("start", key="0", timeout=20)
+        names = ("queue", "queue_late")
+        results = [app.tasks[name].delay(journal.key(name), name, gate="a") for name in names]
+        for name in names:
+            journal.wait("start", key=name, timeout=20)
         assert kept() == 0
+        journal.open("a", len(names))
+        assert [result.get(timeout=20) for result in results] == list(names)
         # Kombu notes in a transaction that a message was delivered, and in another that it was acknowledged.
         assert transactions() == before
-        journal.open("early", 2)
-        assert [result.get(timeout=20) for result in results] == [0, 1]
-        # What has lost its record is admitted as a trigger, and kept until it runs.
-        before = transactions()
-        lost = app.tasks["queue"].apply_async((journal.key("lost"), 3), countdown=2)
-        client.delete(*client.keys("{coalesce}:*"))
-        assert lost.get(timeout=20) == 3
-        # Its result is the third.
-        assert transactions() == before + 3
-        late = app.tasks["queue_late"].delay(journal.key("late"), 2, gate="late")
-        journal.wait("start", key="late", timeout=20)
-        assert kept() == 1
-        journal.open("late")
-        assert late.get(timeout=20) == 2
-        wait_until(lambda: kept() == 0, 10)
 
     @pytest.mark.parametrize("elsewhere", [False, True])
     def test_leaves_what_the_records_may_outlive_to_the_broker(
@@ -337,7 +333,7 @@ class TestAWorker:
     def test_gives_back_what_waits_for_a_place_in_its_pool(
         self, pool: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
     ) -> None:
-        """When it stops: whatever it had fetched runs elsewhere, at once."""
+        """When it stops: whatever it had fetched runs elsewhere, at once, unless its own threads do it still."""
         app = make_app()
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
         worker = make_worker(app, pool=pool, concurrency=1)
@@ -356,36 +352,72 @@ class TestAWorker:
     def test_gives_back_what_it_had_fetched_when_its_connection_was_lost(
         self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal, state_server: ValkeyServer
     ) -> None:
-        """A run that had not begun goes on at once, and no run twice."""
+        """A run that had not begun goes on at once, and no run twice; nor is anything kept from then on."""
         app = make_app()
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
         worker = make_worker(app, concurrency=1)
-        queue = app.conf.task_default_queue
         with app.connection_for_read() as connection:
-            wait_until(lambda: connection.default_channel.client.llen(queue) == 0, 20)
-        journal.wait("start", timeout=20)
-        cut(app, state_server)
-        wait_until(lambda: "onnection to broker lost" in worker.logs(), 20)
+            client = connection.default_channel.client
+            wait_until(lambda: client.llen(app.conf.task_default_queue) == 0, 20)
+            journal.wait("start", timeout=20)
+            before = worker.logs().count(" received")
+            cut(app, state_server)
+            # One runs; the others have come again.
+            wait_until(lambda: worker.logs().count(" received") == before + 3, 20)
+            assert client.hlen("unacked") == 0
         journal.open("a", len(results))
         assert [result.get(timeout=20) for result in results] == list(range(len(results)))
         assert len(journal.events("start")) == len(results)
 
+    @pytest.mark.parametrize("name", ["queue", "queue_late"])
     def test_that_is_killed_loses_none_of_what_it_had_fetched(
-        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+        self, name: str, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
     ) -> None:
         """Their records have them sent again, `coalesce_redispatch_after` after they were."""
-        app = make_app(conf={"coalesce_redispatch_after": 2})
-        results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
+        app = make_app(conf={"coalesce_redispatch_after": 8, "coalesce_lease": 2})
         worker = make_worker(app, concurrency=1)
-        queue = app.conf.task_default_queue
+        results = [app.tasks[name].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
         with app.connection_for_read() as connection:
-            wait_until(lambda: connection.default_channel.client.llen(queue) == 0, 20)
-        first = journal.wait("start", timeout=20)
-        worker.kill()
-        journal.open("a", len(results))
+            client = connection.default_channel.client
+            wait_until(lambda: worker.logs().count(" received") == len(results), 7)
+            first = journal.wait("start", timeout=20)
+            worker.kill()
+            # Nobody has them but the records.
+            assert client.llen(app.conf.task_default_queue) == client.hlen("unacked") == 0
+        journal.open("a", len(results) + 1)
         make_worker(app, concurrency=1)
-        others = [result for number, result in enumerate(results) if str(number) != str(first["key"])]
-        assert sorted(result.get(timeout=30) for result in others) == sorted({0, 1, 2, 3} - {int(first["key"])})
+        begun = results.pop(int(first["key"]))
+        assert {result.get(timeout=30) for result in results} == {0, 1, 2, 3} - {int(first["key"])}
+        if name == "queue":
+            with pytest.raises(LeaseLost):
+                begun.get(timeout=30)
+        else:
+            # Once more, as it is acknowledged late.
+            assert begun.get(timeout=30) == int(first["key"])
+        again = name == "queue_late"
+        assert len(journal.events("start")) == 4 + again
+
+    def test_puts_back_what_it_holds_and_nothing_that_has_ended(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """One that waits for its time, beside a revoked and an expired one."""
+        app = make_app()
+        task = app.tasks["queue"]
+        worker = make_worker(app, concurrency=1)
+        held = task.apply_async((journal.key("held"), 1), countdown=5)
+        expired = task.apply_async((journal.key("expired"), 2), expires=-1)
+        revoked = uuid()
+        app.control.revoke(revoked)
+        wait_until(lambda: revoked in (app.control.inspect([worker.hostname]).revoked() or {})[worker.hostname], 20)
+        ended = task.apply_async((journal.key("revoked"), 3), task_id=revoked)
+        for result in (expired, ended):
+            with pytest.raises(TaskRevokedError):
+                result.get(timeout=20)
+        wait_until(lambda: worker.logs().count(" received") == 3, 20)
+        assert worker.stop() == 0
+        [back] = waiting(app)
+        assert back.headers["id"] == held.id
+        assert start(app, back).answer is Answer.EARLY
 
     def test_hands_back_what_its_pool_never_took(self, make_app: MakeApp, journal: Journal) -> None:
         """By a new message: another worker may have had the old one, and found the run running."""

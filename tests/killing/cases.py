@@ -58,15 +58,15 @@ def all_points(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
     return [(name, point) for name, case in cases.items() for point in case.points]
 
 
-def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int) -> tuple[Any, Any]:
+def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int, shortcuts: bool = False) -> tuple[Any, Any]:
     """Return fixtures: what was traced in a case, and the story of a case and a point.
 
     The stories of a case are told together, when the first of them is asked for.
     """
 
     @pytest.fixture(scope="module")
-    def traced(make_site: Callable[[int], Site], make_story: MakeStory) -> Callable[[str], list[str]]:
-        place = make_site(workers)
+    def traced(make_site: Callable[..., Site], make_story: MakeStory) -> Callable[[str], list[str]]:
+        place = make_site(workers, shortcuts)
         for worker in place.workers:
             worker.wait_ready()
 
@@ -79,13 +79,13 @@ def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int) -> tuple[An
         return trace
 
     @pytest.fixture(scope="module")
-    def told(make_site: Callable[[int], Site], make_story: MakeStory) -> Callable[[str, str], Story]:
+    def told(make_site: Callable[..., Site], make_story: MakeStory) -> Callable[[str, str], Story]:
         stories: dict[str, dict[str, Story]] = {}
         places: list[Site] = []
 
         def story_of(name: str, point: str) -> Story:
             if not places:
-                places.extend(make_site(workers) for _ in range(sites))
+                places.extend(make_site(workers, shortcuts) for _ in range(sites))
             if name not in stories:
                 case, told = cases[name], stories.setdefault(name, {})
                 tell_at(places, [partial(case.make, make_story, told, each) for each in case.points])

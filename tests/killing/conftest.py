@@ -80,24 +80,31 @@ def make_story(
 @pytest.fixture(scope="module")
 def make_site(
     state_server: ValkeyServer, journal_server: ValkeyServer, start_worker: Callable[..., WorkerProcess]
-) -> Iterator[Callable[[int], Site]]:
-    """Make a site with so many workers, which need not be ready yet.
+) -> Iterator[Callable[..., Site]]:
+    """Make a site with so many workers, which need not be ready yet: `make_site(workers, shortcuts=False)`.
 
-    Plain tasks are for a worker of their own, which nobody kills: what becomes of them is Celery's.
+    Plain tasks are for a worker of their own, which nobody kills: what becomes of them is Celery's. With shortcuts the
+    site's broker is its state server, else that of all sites.
     """
     url = state_server.new_db()
     with ExitStack() as stack:
 
-        def site_app(queue: str) -> HarnessApp:
+        def site_app(queue: str, broker: str = url, **conf: str) -> HarnessApp:
             routes = {name: {"queue": "plain"} for name in ("collect", "on_error", "work")}
-            own = {"coalesce_redis_url": state_server.new_db(), "task_default_queue": queue, "task_routes": routes}
-            return stack.enter_context(make_app(url, url, {**CONF, **own}))
+            own = {"task_default_queue": queue, "task_routes": routes, **conf}
+            return stack.enter_context(make_app(broker, url, {**CONF, **own}))
 
-        start_worker(site_app("plain"), concurrency=2)
+        served: set[str] = set()
 
-        def make(workers: int) -> Site:
-            app = site_app(f"site-{uuid.uuid4().hex[:8]}")
+        def make(workers: int, shortcuts: bool = False) -> Site:
+            state = state_server.new_db()
+            queue = f"site-{uuid.uuid4().hex[:8]}"
+            app = site_app(queue, state) if shortcuts else site_app(queue, coalesce_redis_url=state)
+            broker = state if shortcuts else url
+            if broker not in served:
+                served.add(broker)
+                start_worker(site_app("plain", broker), concurrency=2)
             stack.callback(app.backend.result_consumer.subscribed_to.clear)
-            return Site(app, [start_worker(app, concurrency=1) for _ in range(workers)])
+            return Site(app, state, [start_worker(app, concurrency=1) for _ in range(workers)])
 
         yield make

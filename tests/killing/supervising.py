@@ -20,9 +20,10 @@ LONGEST = 3 * BOUND
 
 @dataclass
 class Site:
-    """An app, its workers, and the story that is told there."""
+    """An app, the URL of its state server, its workers, and the story that is told there."""
 
     app: HarnessApp
+    state: str
     workers: list[WorkerProcess]
     story: Story | None = None
     told: list[Story] = field(default_factory=list)
@@ -60,7 +61,7 @@ class Site:
         """Let the broker give back what a dead worker had; and where a message is lost twice, let its hour pass."""
         restore_unacknowledged(self.app)
         if any(point.startswith("sweep:after:wake") for point in story.kill):
-            with redis.Redis.from_url(self.app.conf.coalesce_redis_url) as client:
+            with redis.Redis.from_url(self.state) as client:
                 timers = client.zrange(TIMERS, 0, -1)
                 if timers:
                     client.zadd(TIMERS, dict.fromkeys(timers, 1), xx=True)
