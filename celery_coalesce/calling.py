@@ -141,7 +141,7 @@ class Call:
         """Have the message made that is pushed if the call is dispatched."""
 
         def publish(run: str) -> None:
-            options = self._message_options(run, 0)
+            options = self._message_options(run, self.trigger.task_id)
             headers = {**options["headers"], "ignore_result": not self.terms.stores}
             # A result is subscribed to once it is known that this call has one of its own.
             options |= {"headers": headers, "ignore_result": True, "retry": False}
@@ -204,12 +204,13 @@ class Call:
                 self.terms.task.backend.on_task_call(one, self.trigger.task_id)
 
     def _publish_run(self, accepted: Accepted, producer: Any) -> None:
-        options = self._message_options(accepted.run, accepted.delay or 0)
+        options = self._message_options(accepted.run, accepted.task_id, accepted.delay or 0)
         _let_go(self.terms.plain(*self._given, task_id=accepted.task_id, producer=producer, **options))
 
-    def _message_options(self, run: str, delay: int) -> dict[str, Any]:
+    def _message_options(self, run: str, task_id: str, delay: int = 0) -> dict[str, Any]:
         """Return what the message of a run is published with, that waits for some milliseconds."""
-        headers = {**(self.terms.options.get("headers") or {}), HEADER: run_header(self.state, run, wait=delay)}
+        header = run_header(self.state, run, task_id, wait=delay)
+        headers = {**(self.terms.options.get("headers") or {}), HEADER: header}
         if delay:
             headers["eta"] = eta_header(delay)
         options = {name: value for name, value in self.terms.options.items() if name not in HELD}

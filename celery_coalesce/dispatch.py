@@ -33,22 +33,25 @@ logger = logging.getLogger("celery_coalesce")
 STATE, RUN = re.compile(r"[a-z2-7]{26}"), re.compile(r"[0-9]{1,20}")
 
 
-def run_header(state: str, run: str, attempt: int = 0, version: int = 0, *, wait: int = 0) -> dict[str, Any]:
+def run_header(
+    state: str, run: str, task_id: str, *, attempt: int = 0, version: int = 0, wait: int = 0
+) -> dict[str, Any]:
     """Return the header by which a message names its run, and the arguments that it carries.
 
     Args:
         state: The key's state id.
         run: The run.
+        task_id: Its task id. Who hands the headers of its request on to another call hands on another's.
         attempt: The run's attempt that it wakes.
         version: Of its arguments.
         wait: Milliseconds that it waits.
     """
-    header = {"state": state, "run": run, "attempt": attempt, "version": version}
+    header = {"state": state, "run": run, "id": task_id, "attempt": attempt, "version": version}
     return {**header, "wait": wait} if wait > 0 else header
 
 
 def named_run(header: object, task_id: str, task: str) -> Envelope | None:
-    """Return the run that a message names, ``None`` if what it names can be no run.
+    """Return the run that a message names, ``None`` if what it names can be no run, or not the message's own.
 
     Args:
         header: What :func:`run_header` returned, or whatever somebody else has put there.
@@ -63,7 +66,7 @@ def named_run(header: object, task_id: str, task: str) -> Envelope | None:
         return None
     if not (isinstance(attempt, int) and isinstance(version, int)):
         return None
-    if not (STATE.fullmatch(state) and RUN.fullmatch(run)):
+    if not (STATE.fullmatch(state) and RUN.fullmatch(run)) or header.get("id", task_id) != task_id:
         return None
     return Envelope(state, run, task_id, task, attempt, version, 0, b"", b"")
 
@@ -172,7 +175,14 @@ def _send(
     task = app.tasks.get(envelope.task)
     headers = {
         **(given.get("headers") or {}),
-        HEADER: run_header(envelope.state, envelope.run, envelope.attempt, envelope.version, wait=envelope.delay),
+        HEADER: run_header(
+            envelope.state,
+            envelope.run,
+            envelope.task_id,
+            attempt=envelope.attempt,
+            version=envelope.version,
+            wait=envelope.delay,
+        ),
         # The publisher is not the caller: celery.app.base.Celery.send_task (5.5-5.7) would make the task that it is
         # just running the parent, and open a subscription for a result that nobody waits for here.
         "parent_id": given.get("parent_id"),

@@ -97,7 +97,7 @@ def keep_no_wakeups(engine: Engine, channel: Any) -> None:
 
 
 def _is_wakeup(engine: Engine, message: Any) -> bool:
-    """Return whether a message is of a run, as the gate will see it."""
+    """Return whether a message is of a run that is its own."""
     headers = message.headers
     header = headers.get(HEADER) if isinstance(headers, dict) else None
     if not isinstance(header, dict) or header.get("exempt") is True:
@@ -105,7 +105,8 @@ def _is_wakeup(engine: Engine, message: Any) -> bool:
     task = headers.get("task")
     if not isinstance(task, str) or engine.policy_of(task) is None:
         return False
-    return named_run(header, headers.get("id"), task) is not None
+    task_id = headers.get("id")
+    return header.get("id") == task_id and named_run(header, task_id, task) is not None
 
 
 def _unkept(qos: Any, tag: str) -> Any:

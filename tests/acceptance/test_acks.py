@@ -9,7 +9,7 @@ import pytest
 from celery.exceptions import Reject
 
 from celery_coalesce.engine import engine_of
-from tests.support.app import HarnessApp
+from tests.support.app import HarnessApp, redeliver
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import wait_until
 from tests.support.rabbit import RabbitServer
@@ -22,13 +22,6 @@ MakeWorker = Callable[..., WorkerProcess]
 
 #: Messages that a worker has are kept by the broker, and so can come twice.
 KEPT = {"coalesce_broker_shortcuts": False}
-
-
-def redeliver(app: HarnessApp) -> None:
-    """Have the Redis broker deliver every unacknowledged message again, as after its visibility timeout."""
-    options = {**app.conf.broker_transport_options, "visibility_timeout": 0}
-    with app.connection_for_write(transport_options=options) as connection:
-        connection.default_channel.qos.restore_visible(interval=1)
 
 
 def dropped(worker: WorkerProcess) -> int:

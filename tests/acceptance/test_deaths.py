@@ -14,7 +14,7 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLo
 
 from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import LeaseLost
-from tests.support.app import HarnessApp
+from tests.support.app import HarnessApp, redeliver
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import wait_until
 from tests.support.worker import WorkerProcess
@@ -303,7 +303,7 @@ class TestKilledWorker:
         assert second.get(timeout=20) == 2
         journal.wait("end", key="link", timeout=20)
         assert_idle(app, journal, name)
-        restore_unacknowledged(app)
+        redeliver(app)
         wait_until(lambda: "needs no run of its own" in worker.logs(), 20)
         journal.assert_never("start", within=0.3, coalesce_run_index=2)
         assert [each["task_id"] for each in journal.events("start", key="key")] == [
@@ -478,10 +478,3 @@ class TestShutdown:
         assert_idle(app, journal, name)
         assert len(journal.events("start", key="link")) == 1
         assert_no_overlap(journal.events())
-
-
-def restore_unacknowledged(app: HarnessApp) -> None:
-    """Have the Redis broker deliver every unacknowledged message again, as after its visibility timeout."""
-    options = {**app.conf.broker_transport_options, "visibility_timeout": 0}
-    with app.connection_for_write(transport_options=options) as connection:
-        connection.default_channel.qos.restore_visible(interval=1)

@@ -14,7 +14,7 @@ from celery.exceptions import TaskRevokedError
 
 from celery_coalesce.engine import engine_of
 from celery_coalesce.errors import QueueFull
-from tests.support.app import HarnessApp
+from tests.support.app import HarnessApp, redeliver
 from tests.support.journal import Journal, assert_no_overlap
 from tests.support.process import wait_until
 from tests.support.worker import WorkerProcess
@@ -244,7 +244,7 @@ def test_foreign_message_delivered_twice_is_one_run(
     make_app: MakeApp, make_worker: MakeWorker, journal: Journal
 ) -> None:
     """The same message again, while its run goes on and after it has ended."""
-    from tests.acceptance.test_acks import dropped, redeliver
+    from tests.acceptance.test_acks import dropped
 
     app = make_app()
     with foreign_app(app) as other:

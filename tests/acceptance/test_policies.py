@@ -397,7 +397,7 @@ class TestReplace:
         task = app.tasks["replaced_soon"]
         old = task.delay(journal.key(), 1, gate="never")
         journal.wait("start", timeout=SOON)
-        header = run_header(state_id("replaced_soon", journal.key()), str(old.run_id))
+        header = run_header(state_id("replaced_soon", journal.key()), str(old.run_id), old.id)
         app.send_task("replaced_soon", (journal.key(), 1), task_id=old.id, headers={"coalesce": header})
         wait_until(lambda: f"{old.id}] needs no run of its own: duplicate" in worker.logs(), SOON)
         newer = task.delay(journal.key(), 2)

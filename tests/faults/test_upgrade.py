@@ -72,7 +72,7 @@ def test_what_version_1_has_left_is_moved_to_its_end(make_site: Callable[..., Si
     run = next(iter(run["id"] for run in engine_of(site.app).transitions.show("queue", "v1:dispatched").runs))
     assert "v1:dispatched" in [each.key for each in Coalescer(site.app).runs()]
     queue.apply_async(("v1:dispatched", 4), task_id="dispatched-(4,)")
-    header = run_header(state_id("queue", "v1:dispatched"), run)
+    header = run_header(state_id("queue", "v1:dispatched"), run, "dispatched-(1,)")
     site.app.send_task("queue", ("v1:dispatched", 1), task_id="dispatched-(1,)", headers={HEADER: header})
     site.worker(concurrency=4)
 

@@ -90,6 +90,7 @@ def test_a_pushed_message_is_the_one_that_celery_would_publish(app: HarnessApp, 
         assert headers.pop("id") == headers.pop("root_id") == properties.pop("correlation_id") == result.id
         assert headers["coalesce"].pop("run") == str(result.run_id)
         assert headers["coalesce"].pop("state")
+        assert headers["coalesce"].pop("id") == result.id
         assert properties.pop("delivery_tag")
         assert journal.name in headers.pop("argsrepr")
         assert message.pop("body")

@@ -14,14 +14,14 @@ from celery.exceptions import TaskRevokedError
 from celery.utils import uuid
 
 from celery_coalesce import LeaseLost
-from celery_coalesce.dispatch import named_run
+from celery_coalesce.dispatch import named_run, run_header
 from celery_coalesce.engine import engine_of
 from celery_coalesce.keys import state_id
 from celery_coalesce.records import Lease
 from celery_coalesce.states import Answer
 from celery_coalesce.worker.presence import WorkerPresence
 from celery_coalesce.worker.wakeups import keep_no_wakeups, need_not_keep
-from tests.support.app import HarnessApp
+from tests.support.app import HarnessApp, redeliver
 from tests.support.journal import Journal
 from tests.support.process import wait_until
 from tests.support.servers import ValkeyServer
@@ -35,8 +35,8 @@ MakeWorker = Callable[..., WorkerProcess]
 
 PREFIX = "p:"
 KEPT = ("unacked", "unacked_index")
-#: What a message says of its run.
-RUN = {"state": state_id("queue", "k"), "run": "1", "attempt": 0, "version": 0}
+#: What a message of that id says of its run.
+RUN = run_header(state_id("queue", "k"), "1", "own")
 
 
 @pytest.fixture(params=["", PREFIX], ids=["plain", "prefixed"])
@@ -168,25 +168,48 @@ class TestAWakeup:
 
 class TestAnyOther:
     @pytest.mark.parametrize(
-        ("name", "headers"),
+        ("name", "header"),
         [
-            ("queue", {}),
-            ("queue", {"coalesce": {"exempt": True}}),
-            ("queue", {"coalesce": {**RUN, "exempt": True}}),
-            ("queue", {"coalesce": {**RUN, "run": "no number"}}),
-            ("queue", {"coalesce": "run"}),
-            ("plain", {"coalesce": RUN}),
-            ("unheard_of", {"coalesce": RUN}),
+            ("queue", None),
+            ("queue", {"exempt": True}),
+            ("queue", {**RUN, "exempt": True}),
+            ("queue", {**RUN, "run": "no number"}),
+            ("queue", {**RUN, "id": "another's"}),
+            ("queue", "run"),
+            ("plain", RUN),
+            ("unheard_of", RUN),
         ],
-        ids=["no run", "exempt", "exempt run", "bad run", "not ours", "plain", "unknown"],
+        ids=["no run", "exempt", "exempt run", "bad run", "another's run", "not ours", "plain", "unknown"],
     )
-    def test_is_kept(self, name: str, headers: dict[str, Any], app: HarnessApp, journal: Journal) -> None:
-        app.send_task(name, (journal.key(), 1), headers=headers)
+    def test_is_kept(self, name: str, header: object, app: HarnessApp, journal: Journal) -> None:
+        app.send_task(name, (journal.key(), 1), headers={"coalesce": header} if header else {}, task_id="own")
         with consuming(app) as channel:
             message = delivered(app, channel)
             assert keeps(app, channel) == 1
             message.ack()
             assert keeps(app, channel) == 0
+
+    def test_is_kept_that_has_another_s_headers(
+        self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
+    ) -> None:
+        """Of a body that hands its request's headers on, as tracers do: a call, which no killed worker takes along."""
+        app = make_app()
+        queue = app.tasks["queue"]
+        first = queue.delay(journal.key("first"), 1, gate="a")
+        with consuming(app) as channel:
+            message = delivered(app, channel)
+            headers = {"coalesce": message.headers["coalesce"]}
+            message.requeue()
+        worker = make_worker(app, concurrency=1)
+        journal.wait("start", timeout=20)
+        second = app.send_task("queue", (journal.key("second"), 2), headers=headers)
+        wait_until(lambda: f"[{second.id}] received" in worker.logs(), 20)
+        worker.kill()
+        make_worker(app)
+        redeliver(app)
+        assert second.get(timeout=20) == 2
+        journal.open("a")
+        assert first.id != second.id
 
     def test_is_kept_whatever_its_task_is(self, app: HarnessApp) -> None:
         """What is no task's name raises nothing here."""
@@ -194,7 +217,9 @@ class TestAnyOther:
             for task in ([], None, 1):
                 with app.producer_or_acquire() as producer:
                     producer.publish(
-                        {}, routing_key=app.conf.task_default_queue, headers={"task": task, "coalesce": RUN}
+                        {},
+                        routing_key=app.conf.task_default_queue,
+                        headers={"id": "own", "task": task, "coalesce": RUN},
                     )
                 message = delivered(app, channel)
                 assert keeps(app, channel) == 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import redis
 
 from tests.killing.stories import BOUND, Abandoned, Story
-from tests.support.app import HarnessApp
+from tests.support.app import HarnessApp, redeliver
 from tests.support.process import wait_until
 from tests.support.worker import WorkerProcess
 
@@ -59,19 +59,12 @@ class Site:
 
     def _time_goes_by(self, story: Story) -> None:
         """Let the broker give back what a dead worker had; and where a message is lost twice, let its hour pass."""
-        restore_unacknowledged(self.app)
+        redeliver(self.app)
         if any(point.startswith("sweep:after:wake") for point in story.kill):
             with redis.Redis.from_url(self.state) as client:
                 timers = client.zrange(TIMERS, 0, -1)
                 if timers:
                     client.zadd(TIMERS, dict.fromkeys(timers, 1), xx=True)
-
-
-def restore_unacknowledged(app: HarnessApp) -> None:
-    """Have the Redis broker deliver every unacknowledged message again, as after its visibility timeout."""
-    options = {**app.conf.broker_transport_options, "visibility_timeout": 0}
-    with app.connection_for_write(transport_options=options) as connection:
-        connection.default_channel.qos.restore_visible(interval=1)
 
 
 def tell_at(sites: Iterable[Site], stories: Iterable[Callable[[HarnessApp], Story]]) -> None:

@@ -37,6 +37,13 @@ def make_app(broker: str, backend: str | None = None, conf: Mapping[str, Any] | 
     return app
 
 
+def redeliver(app: HarnessApp) -> None:
+    """Have the Redis broker deliver every message again that it keeps, as after its visibility timeout."""
+    options = {**app.conf.broker_transport_options, "visibility_timeout": 0}
+    with app.connection_for_write(transport_options=options) as connection:
+        connection.default_channel.qos.restore_visible(interval=1)
+
+
 if BROKER_VARIABLE in os.environ:  # in a worker, which is told through its environment
     app = make_app(
         os.environ[BROKER_VARIABLE],
