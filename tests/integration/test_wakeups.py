@@ -426,10 +426,11 @@ class TestAWorker:
         self, make_app: MakeApp, make_worker: MakeWorker, journal: Journal
     ) -> None:
         """One that waits for its time, beside a revoked and an expired one."""
-        app = make_app()
+        # A message is held for two heartbeats at most, of which there are three in a lease.
+        app = make_app(conf={"coalesce_lease": 90})
         task = app.tasks["queue"]
         worker = make_worker(app, concurrency=1)
-        held = task.apply_async((journal.key("held"), 1), countdown=5)
+        held = task.apply_async((journal.key("held"), 1), countdown=40)
         expired = task.apply_async((journal.key("expired"), 2), expires=-1)
         revoked = uuid()
         app.control.revoke(revoked)
