@@ -141,10 +141,8 @@ class Call:
         """Have the message made that is pushed if the call is dispatched."""
 
         def publish(run: str) -> None:
-            options = self._message_options(run, self.trigger.task_id)
-            headers = {**options["headers"], "ignore_result": not self.terms.stores}
-            # A result is subscribed to once it is known that this call has one of its own.
-            options |= {"headers": headers, "ignore_result": True, "retry": False}
+            # The backend hears of it once it is known that this call has a result of its own.
+            options = self._untold(self._message_options(run, self.trigger.task_id)) | {"retry": False}
             _let_go(self.terms.plain(*self._given, task_id=self.trigger.task_id, producer=producer, **options))
 
         self.trigger = self.trigger._replace(push=broker.push_of(producer, publish))
@@ -158,7 +156,7 @@ class Call:
         if broker is not None and self.met_a_busy_key:
             broker.note_busy(self.state)
         elif self.trigger.push is not None and reply.delay is None and self.terms.stores:
-            backend = self.terms.task.backend
+            backend = self.terms.app.backend
             if hears_of_calls(backend):
                 # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
                 backend.on_task_call(None, reply.task_id)
@@ -205,6 +203,8 @@ class Call:
 
     def _publish_run(self, accepted: Accepted, producer: Any) -> None:
         options = self._message_options(accepted.run, accepted.task_id, accepted.delay or 0)
+        if not hears_of_calls(self.terms.app.backend):
+            options = self._untold(options)
         _let_go(self.terms.plain(*self._given, task_id=accepted.task_id, producer=producer, **options))
 
     def _message_options(self, run: str, task_id: str, delay: int = 0) -> dict[str, Any]:
@@ -216,6 +216,11 @@ class Call:
         options = {name: value for name, value in self.terms.options.items() if name not in HELD}
         return {**options, "expires": None, "headers": headers, "add_to_parent": False}
 
+    def _untold(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what a message is published with, and its result backend hears nothing of it."""
+        headers = {**(options.get("headers") or {}), "ignore_result": not self.terms.stores}
+        return {**options, "headers": headers, "ignore_result": True}
+
     def _publish_uncoalesced(self, producer: Any) -> None:
         """Publish without coalescing; the gate admits the message once the state server is back."""
         logger.warning(
@@ -224,7 +229,10 @@ class Call:
             extra={"action": "published_uncoalesced", "task": self.terms.task.name},
         )
         options = {**self.terms.options, "task_id": self.trigger.task_id, "producer": producer}
+        if not hears_of_calls(self.terms.app.backend):
+            options = self._untold(options)
         result: CoalescedResult = self.terms.plain(*self._given, **options)
+        result.ignored = not self.terms.stores
         self._result = result.described(Disposition.DISPATCHED, self.trigger.key)
 
     def take_back(self, covered: Sequence[Call]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -281,23 +281,34 @@ def test_what_can_not_be_pushed_is_published_and_what_can_not_be_published_is_ta
     assert app.tasks["queue"].delay(journal.key(), 2).disposition == "dispatched"
 
 
-def test_a_caller_subscribes_to_a_result_when_it_asks_for_it(app: HarnessApp, journal: Journal) -> None:
+@pytest.fixture(params=[True, False], ids=["pushed", "published"])
+def call(app: HarnessApp, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Make a call, whose message is pushed by the script or published by a producer: `call(key, value)`."""
+    with app.producer_or_acquire() as producer:
+        given: dict[str, Any] = {} if request.param else {"producer": producer}
+        yield lambda key, value: app.tasks["queue"].apply_async((key, value), **given)
+
+
+def test_a_caller_subscribes_to_a_result_when_it_asks_for_it(
+    call: Callable[..., Any], app: HarnessApp, journal: Journal
+) -> None:
     """And then looks what is there. Celery subscribes with every call, which most callers have no use for."""
     subscribed = app.backend.result_consumer.subscribed_to
-    key = journal.key()
-    result = app.tasks["queue"].delay(key, 1)
+    result = call(journal.key(), 1)
     assert subscribed == set()
     with pytest.raises(CeleryTimeoutError):
         result.get(timeout=0.1)
     assert subscribed == {app.backend.get_key_for_task(result.id)}
     app.backend.store_result(result.id, 1, "SUCCESS")
     assert result.get(timeout=10) == 1
-    ended = app.tasks["queue"].delay(journal.key("other"), 2)
+    ended = call(journal.key("other"), 2)
     app.backend.store_result(ended.id, 2, "SUCCESS")
     assert ended.get(timeout=10) == 2
 
 
-def test_a_caller_among_greenlets_is_subscribed_at_once(app: HarnessApp, journal: Journal) -> None:
+def test_a_caller_among_greenlets_is_subscribed_at_once(
+    call: Callable[..., Any], app: HarnessApp, journal: Journal
+) -> None:
     """There a callback is called that nobody waits for."""
     consumer = app.backend.result_consumer
 
@@ -305,12 +316,14 @@ def test_a_caller_among_greenlets_is_subscribed_at_once(app: HarnessApp, journal
         pass
 
     consumer.drainer = Greenlets(consumer)
-    result = app.tasks["queue"].delay(journal.key(), 1)
+    result = call(journal.key(), 1)
     assert consumer.subscribed_to == {app.backend.get_key_for_task(result.id)}
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_another_backend_hears_of_calls(joins: bool, app: HarnessApp, journal: Journal) -> None:
+def test_another_backend_hears_of_calls(
+    joins: bool, call: Callable[..., Any], app: HarnessApp, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that has its own way to hear of them, of those that have a result of their own."""
     heard = []
 
@@ -318,14 +331,9 @@ def test_another_backend_hears_of_calls(joins: bool, app: HarnessApp, journal: J
         def on_task_call(self, producer: Any, task_id: str) -> None:
             heard.append(task_id)
 
-    task = app.tasks["queue"]
-    first = task.delay(journal.key(), 1) if joins else None
-    mine = task.backend
-    task.backend = Hearing(app=app, url=app.conf.result_backend)
-    try:
-        result = task.delay(journal.key(), 2)
-    finally:
-        task.backend = mine
+    first = call(journal.key(), 1) if joins else None
+    monkeypatch.setattr(type(app), "backend", Hearing(app=app, url=app.conf.result_backend))
+    result = call(journal.key(), 2)
     assert heard == ([] if joins else [result.id])
     assert first is None or first.id == result.id
 

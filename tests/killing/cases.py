@@ -27,6 +27,7 @@ class Case:
         killed: The points at which others are killed before.
         known: Points of the process that are no matter of this story.
         kind: The story.
+        shortcuts: Whether the broker is the state server, and keeps no message that a worker has fetched of a run.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Case:
     killed: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     kind: type[Story] = Story
+    shortcuts: bool = False
 
     @property
     def points(self) -> list[str]:
@@ -58,7 +60,7 @@ def all_points(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
     return [(name, point) for name, case in cases.items() for point in case.points]
 
 
-def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int, shortcuts: bool = False) -> tuple[Any, Any]:
+def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int) -> tuple[Any, Any]:
     """Return fixtures: what was traced in a case, and the story of a case and a point.
 
     The stories of a case are told together, when the first of them is asked for.
@@ -66,29 +68,33 @@ def fixtures(cases: Mapping[str, Case], *, sites: int, workers: int, shortcuts: 
 
     @pytest.fixture(scope="module")
     def traced(make_site: Callable[..., Site], make_story: MakeStory) -> Callable[[str], list[str]]:
-        place = make_site(workers, shortcuts)
-        for worker in place.workers:
-            worker.wait_ready()
+        places: dict[bool, Site] = {}
 
         def trace(name: str) -> list[str]:
-            told: dict[str, Story] = {}
-            tell_at([place], [partial(cases[name].make, make_story, told, "")])
+            case, told = cases[name], dict[str, Story]()
+            if case.shortcuts not in places:
+                place = places[case.shortcuts] = make_site(workers, case.shortcuts)
+                for worker in place.workers:
+                    worker.wait_ready()
+            tell_at([places[case.shortcuts]], [partial(case.make, make_story, told, "")])
             told[""].check()
-            return cases[name].traced(told[""])
+            return case.traced(told[""])
 
         return trace
 
     @pytest.fixture(scope="module")
     def told(make_site: Callable[..., Site], make_story: MakeStory) -> Callable[[str, str], Story]:
         stories: dict[str, dict[str, Story]] = {}
-        places: list[Site] = []
+        places: dict[bool, list[Site]] = {}
 
         def story_of(name: str, point: str) -> Story:
-            if not places:
-                places.extend(make_site(workers, shortcuts) for _ in range(sites))
+            case = cases[name]
+            if case.shortcuts not in places:
+                places[case.shortcuts] = [make_site(workers, case.shortcuts) for _ in range(sites)]
             if name not in stories:
-                case, told = cases[name], stories.setdefault(name, {})
-                tell_at(places, [partial(case.make, make_story, told, each) for each in case.points])
+                told = stories.setdefault(name, {})
+                there = places[case.shortcuts]
+                tell_at(there, [partial(case.make, make_story, told, each) for each in case.points])
             return stories[name][point]
 
         return story_of

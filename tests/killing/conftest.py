@@ -103,7 +103,8 @@ def make_site(
             broker = state if shortcuts else url
             if broker not in served:
                 served.add(broker)
-                start_worker(site_app("plain", broker), concurrency=2)
+                # Not of the site's state: what it would dispatch again would go to its own queue.
+                start_worker(site_app("plain", broker, coalesce_redis_url=state_server.new_db()), concurrency=2)
             stack.callback(app.backend.result_consumer.subscribed_to.clear)
             return Site(app, state, [start_worker(app, concurrency=1) for _ in range(workers)])
 

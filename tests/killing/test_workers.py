@@ -6,6 +6,7 @@ Before a run, at its start, and while it reports a child that died before. The p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,8 @@ IN_THE_BODY = "child:before:gate:2"
 CASES = {
     "early ack": Case("queue", "parent", STARTS),
     "late ack": Case("queue_rerun", "parent", STARTS),
+    "early ack, shortcuts": Case("queue", "parent", STARTS, shortcuts=True),
+    "late ack, shortcuts": Case("queue_rerun", "parent", STARTS, shortcuts=True),
     # The follow-up's child has died. Beyond these points are those of the starts.
     "early ack, a child has died": Case(
         "queue",
@@ -40,6 +43,7 @@ CASES = {
         known=(*STARTS.split(), "before:start:3", "after:start:3", "after:pool:3"),
     ),
 }
+CASES["late ack, a child has died, shortcuts"] = replace(CASES["late ack, a child has died"], shortcuts=True)
 traced, told = fixtures(CASES, sites=5, workers=1)
 
 
