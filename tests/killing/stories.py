@@ -71,6 +71,9 @@ class Story:
 
     def __post_init__(self) -> None:
         self.points = Points(self.journal)
+        self._arm()
+
+    def _arm(self) -> None:
         self.points.arm(*self.kill)
 
     # -- telling it --------------------------------------------------------------------------------------------------
@@ -267,6 +270,9 @@ class Abandoned(Story):
 
     _abandoned: bool = False
 
+    def _arm(self) -> None:
+        """Not yet: a sweep may still be at what the last story's worker has left."""
+
     def _let_go(self) -> None:
         self.journal.open("a")
 
@@ -274,6 +280,7 @@ class Abandoned(Story):
         if super().is_told() and not self._abandoned:
             starts = [each for each in self.journal.events("start", key="key") if each["coalesce_run_index"] == 1]
             if starts:
+                super()._arm()
                 self.worker_of[starts[0]["hostname"]].kill()
                 self.journal.record("killed", point="worker")
                 self.is_gone(starts[0]["hostname"])
