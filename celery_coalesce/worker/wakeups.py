@@ -38,6 +38,10 @@ class Wakeups(bootsteps.StartStopStep):
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
+    def include_if(self, parent: Consumer) -> bool:
+        """Return whether the broker is the server that holds the records: a consumer of another is left as it is."""
+        return engine_of(parent.app).broker is not None
+
     def start(self, consumer: Consumer) -> None:
         """Take the consumer's new channel in hand, before it consumes."""
         channel, engine = consumer.task_consumer.channel, engine_of(consumer.app)
