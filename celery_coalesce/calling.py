@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.utils import uuid
 
-from .calls import HEADER, captured, encode, eta_header, follower_of, hears_of_calls
+from .calls import HEADER, captured, encode, eta_header, follower_of
 from .dispatch import publish_all, run_header
 from .endings import done_once, take_back, tell_caller
 from .errors import CoalesceError, QueueFull
@@ -155,11 +155,9 @@ class Call:
         broker = self.terms.engine.broker
         if broker is not None and self.met_a_busy_key:
             broker.note_busy(self.state)
-        elif self.trigger.push is not None and reply.delay is None and self.terms.stores:
-            backend = self.terms.app.backend
-            if hears_of_calls(backend):
-                # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
-                backend.on_task_call(None, reply.task_id)
+        elif self.trigger.push is not None and reply.delay is None and self.terms.stores and self.terms.backend_hears:
+            # As celery.app.base.Celery.send_task (5.5-5.7) does before it publishes.
+            self.terms.app.backend.on_task_call(None, reply.task_id)
 
     @property
     def _answer(self) -> Accepted:
@@ -202,9 +200,7 @@ class Call:
                 self.terms.task.backend.on_task_call(one, self.trigger.task_id)
 
     def _publish_run(self, accepted: Accepted, producer: Any) -> None:
-        options = self._message_options(accepted.run, accepted.task_id, accepted.delay or 0)
-        if not hears_of_calls(self.terms.app.backend):
-            options = self._untold(options)
+        options = self._told_if_wanted(self._message_options(accepted.run, accepted.task_id, accepted.delay or 0))
         _let_go(self.terms.plain(*self._given, task_id=accepted.task_id, producer=producer, **options))
 
     def _message_options(self, run: str, task_id: str, delay: int = 0) -> dict[str, Any]:
@@ -215,6 +211,10 @@ class Call:
             headers["eta"] = eta_header(delay)
         options = {name: value for name, value in self.terms.options.items() if name not in HELD}
         return {**options, "expires": None, "headers": headers, "add_to_parent": False}
+
+    def _told_if_wanted(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what a message is published with, and its result backend hears of it only if it wants to."""
+        return options if self.terms.backend_hears else self._untold(options)
 
     def _untold(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return what a message is published with, and its result backend hears nothing of it."""
@@ -228,10 +228,8 @@ class Call:
             self.terms.task.name,
             extra={"action": "published_uncoalesced", "task": self.terms.task.name},
         )
-        options = {**self.terms.options, "task_id": self.trigger.task_id, "producer": producer}
-        if not hears_of_calls(self.terms.app.backend):
-            options = self._untold(options)
-        result: CoalescedResult = self.terms.plain(*self._given, **options)
+        given = {**self.terms.options, "task_id": self.trigger.task_id, "producer": producer}
+        result: CoalescedResult = self.terms.plain(*self._given, **self._told_if_wanted(given))
         result.ignored = not self.terms.stores
         self._result = result.described(Disposition.DISPATCHED, self.trigger.key)
 

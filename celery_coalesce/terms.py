@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import signals
-from .calls import CALLBACKS, captured, encode, is_rpc, moment
+from .calls import CALLBACKS, captured, encode, hears_of_calls, is_rpc, moment
 from .context import ATTRIBUTE, Run
 from .engine import engine_of
 
@@ -91,6 +92,11 @@ class Terms:
         waits = policy.delay is not None or "delay" in times or "due" in times
         self.covered: dict[tuple[str, Disposition, bool], CoalescedResult] = {}
         self.can_be_pushed = not (waits or self.is_rpc or "connection" in options)
+
+    @cached_property
+    def backend_hears(self) -> bool:
+        """Whether the result backend wants to know of each of the calls. Those that join a run need not ask."""
+        return hears_of_calls(self.app.backend)
 
     def _times(self) -> dict[str, int]:
         """Return the calls' due time and expiry."""

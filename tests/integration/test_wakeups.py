@@ -20,6 +20,7 @@ from celery_coalesce.records import Lease
 from celery_coalesce.states import Answer
 from celery_coalesce.worker.presence import WorkerPresence
 from celery_coalesce.worker.wakeups import keep_no_wakeups, need_not_keep
+from tests.integration.sites import queued, unacknowledged
 from tests.support.app import HarnessApp, redeliver
 from tests.support.journal import Journal
 from tests.support.process import wait_until
@@ -261,9 +262,6 @@ class TestAWorker:
         make_worker(app)
         engine, client = engine_of(app), client_of(app)
 
-        def kept() -> int:
-            return cast("int", client.hlen("unacked"))
-
         def transactions() -> int:
             return cast("int", client.info("commandstats")["cmdstat_exec"]["calls"])
 
@@ -274,7 +272,7 @@ class TestAWorker:
         results = [app.tasks[name].delay(journal.key(name), name, gate="a") for name in names]
         for name in names:
             journal.wait("start", key=name, timeout=20)
-        assert kept() == 0
+        assert unacknowledged(app) == 0
         journal.open("a", len(names))
         assert [result.get(timeout=20) for result in results] == list(names)
         # Kombu notes in a transaction that a message was delivered, and in another that it was acknowledged.
@@ -291,12 +289,10 @@ class TestAWorker:
             app = make_app(conf={"coalesce_redis_url": f"{address}/{(int(number) + 1) % 16}"})
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(3)]
         make_worker(app, concurrency=1)
-        with app.connection_for_read() as connection:
-            client = connection.default_channel.client
-            wait_until(lambda: client.llen(app.conf.task_default_queue) == 0, 20)
-            # One runs, and is acknowledged.
-            journal.wait("start", timeout=20)
-            wait_until(lambda: client.hlen("unacked") == (len(results) - 1 if elsewhere else 0), 10)
+        wait_until(lambda: queued(app) == 0, 20)
+        # One runs, and is acknowledged.
+        journal.wait("start", timeout=20)
+        wait_until(lambda: unacknowledged(app) == (len(results) - 1 if elsewhere else 0), 10)
         journal.open("a", len(results))
         assert [result.get(timeout=20) for result in results] == [0, 1, 2]
 
@@ -325,16 +321,13 @@ class TestAWorker:
         app = make_app()
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(8)]
         worker = make_worker(app, pool="threads", concurrency=1, extra_args=["--prefetch-multiplier", "3"])
-        queue = app.conf.task_default_queue
-        with app.connection_for_read() as connection:
-            client = connection.default_channel.client
-            # One runs, which counts no more.
-            wait_until(lambda: client.llen(queue) == len(results) - 4, 20)
-            # The worker's event loop, which fetches, has gone round.
-            for _ in range(3):
-                assert app.control.inspect([worker.hostname], timeout=10).ping()
-            assert client.llen(queue) == len(results) - 4
-            assert client.hlen("unacked") == 0
+        # One runs, which counts no more.
+        wait_until(lambda: queued(app) == len(results) - 4, 20)
+        # The worker's event loop, which fetches, has gone round.
+        for _ in range(3):
+            assert app.control.inspect([worker.hostname], timeout=10).ping()
+        assert queued(app) == len(results) - 4
+        assert unacknowledged(app) == 0
         journal.open("a", len(results))
         assert [result.get(timeout=20) for result in results] == list(range(len(results)))
 
@@ -361,9 +354,7 @@ class TestAWorker:
         app = make_app()
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
         worker = make_worker(app, pool=pool, concurrency=1)
-        queue = app.conf.task_default_queue
-        with app.connection_for_read() as connection:
-            wait_until(lambda: connection.default_channel.client.llen(queue) == 0, 20)
+        wait_until(lambda: queued(app) == 0, 20)
         journal.wait("start", timeout=20)
         worker.signal(signal.SIGTERM)
         wait_until(lambda: "Warm shutdown" in worker.logs(), 10)
@@ -380,15 +371,13 @@ class TestAWorker:
         app = make_app()
         results = [app.tasks["queue"].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
         worker = make_worker(app, concurrency=1)
-        with app.connection_for_read() as connection:
-            client = connection.default_channel.client
-            wait_until(lambda: client.llen(app.conf.task_default_queue) == 0, 20)
-            journal.wait("start", timeout=20)
-            before = worker.logs().count(" received")
-            cut(app, state_server)
-            # One runs; the others have come again.
-            wait_until(lambda: worker.logs().count(" received") == before + 3, 20)
-            assert client.hlen("unacked") == 0
+        wait_until(lambda: queued(app) == 0, 20)
+        journal.wait("start", timeout=20)
+        before = worker.logs().count(" received")
+        cut(app, state_server)
+        # One runs; the others have come again.
+        wait_until(lambda: worker.logs().count(" received") == before + 3, 20)
+        assert unacknowledged(app) == 0
         journal.open("a", len(results))
         assert [result.get(timeout=20) for result in results] == list(range(len(results)))
         assert len(journal.events("start")) == len(results)
@@ -401,13 +390,11 @@ class TestAWorker:
         app = make_app(conf={"coalesce_redispatch_after": 8, "coalesce_lease": 2})
         worker = make_worker(app, concurrency=1)
         results = [app.tasks[name].delay(journal.key(str(n)), n, gate="a") for n in range(4)]
-        with app.connection_for_read() as connection:
-            client = connection.default_channel.client
-            wait_until(lambda: worker.logs().count(" received") == len(results), 7)
-            first = journal.wait("start", timeout=20)
-            worker.kill()
-            # Nobody has them but the records.
-            assert client.llen(app.conf.task_default_queue) == client.hlen("unacked") == 0
+        wait_until(lambda: worker.logs().count(" received") == len(results), 7)
+        first = journal.wait("start", timeout=20)
+        worker.kill()
+        # Nobody has them but the records.
+        assert queued(app) == unacknowledged(app) == 0
         journal.open("a", len(results) + 1)
         make_worker(app, concurrency=1)
         begun = results.pop(int(first["key"]))
